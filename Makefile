@@ -1,0 +1,43 @@
+# Every target sets up what it needs; a second run finds it there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CONSTRAINTS ?= -c constraints.txt
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-all check docs bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[dev,docs]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/safety-lens demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -q -m ''
+	$(MAKE) docs
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[bench]'
+	$(BIN)/python benchmarks/parity.py
+	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/extract.py --peers
+
+clean:
+	rm -rf $(VENV) .bench-venv runs site build *.egg-info

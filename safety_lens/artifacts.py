@@ -1,0 +1,255 @@
+"""Artifacts: folders of manifest.json, safetensors and JSON lines that say where they come from.
+
+An artifact is written to a temporary folder beside its place and renamed, so a reader sees all of it or nothing.
+Loading checks kind, schema, file hashes and, where a model is given, that it is the model the artifact was made with.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safety_lens.errors import ArtifactError, ModelMismatchError
+from safety_lens.log import Measurement, read_measurements, write_measurements
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
+
+SCHEMA = 1
+SAMPLE = 65_536  # values of each tensor that enter a fingerprint
+MANIFEST, MEASUREMENTS = "manifest.json", "measurements.jsonl"
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """What an artifact folder holds. tensors: key → tensor, from the one safetensors file of its kind."""
+
+    kind: str
+    manifest: dict[str, Any]
+    tensors: "dict[str, Tensor]"
+    measurements: list[Measurement]
+
+
+def fingerprint(model: "HookedTransformer") -> dict[str, Any]:
+    """What identifies a model: name, revision, adapter, size, and a hash of its weights.
+
+    The hash covers name, shape and up to 65 536 evenly spaced values of every parameter, rounded to bfloat16: the same
+    checkpoint gives the same hash in float32 and bfloat16, and a fine-tune or a folded adapter gives another.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        flat = p.detach().reshape(-1)
+        step = -(-flat.numel() // SAMPLE) if flat.numel() else 1
+        values = flat[::step].to(torch.bfloat16).cpu().contiguous()
+        digest.update(f"{name}{tuple(p.shape)}".encode())
+        digest.update(values.view(torch.int16).numpy().tobytes())
+    origin = getattr(model, "origin", None)
+    return {
+        "name": getattr(origin, "name", None) or model.cfg.model_name,
+        "revision": getattr(origin, "revision", None),
+        "adapter": getattr(origin, "adapter", None),
+        "architecture": model.cfg.original_architecture,
+        "n_layers": model.cfg.n_layers,
+        "d_model": model.cfg.d_model,
+        "weights_sha256": digest.hexdigest(),
+    }
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
+    """Class, vocabulary size, and hashes of vocabulary and chat template (null where there is none)."""
+    if tokenizer is None:
+        return {"class": None, "vocab_sha256": None, "chat_template_sha256": None}
+    vocab = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
+    template = tokenizer.chat_template
+    return {
+        "class": type(tokenizer).__name__,
+        "vocab_size": len(tokenizer),
+        "vocab_sha256": hashlib.sha256(vocab.encode()).hexdigest(),
+        "chat_template_sha256": None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    names = ("safety-lens-tl", "torch", "transformers", "transformer-lens", "peft", "scikit-learn", "numpy", "scipy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def save_artifact(
+    path: str | Path,
+    kind: str,
+    *,
+    model: "HookedTransformer | None" = None,
+    tensors: "Mapping[str, Tensor] | None" = None,
+    measurements: Sequence[Measurement] = (),
+    arguments: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    attach: Callable[[Path], None] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write an artifact folder atomically.
+
+    Args:
+        kind: "directions", "activations", …; tensors go to `<kind>.safetensors`.
+        arguments: every setting that shaped the content; must be JSON.
+        extra: further manifest entries.
+        attach: writes further files (plots, kept activations) into the folder before it is sealed.
+        overwrite: replace an artifact that is already there (never a folder that is not one).
+
+    Raises:
+        ArtifactError: the place is taken, or cannot be written.
+    """
+    path = Path(path)
+    check_place(path, overwrite)
+    manifest: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": kind,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "arguments": dict(arguments or {}),
+        **dict(extra or {}),
+    }
+    if model is not None:
+        manifest |= {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(model.tokenizer)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
+    try:
+        if attach:
+            attach(temporary)
+        _write_content(temporary, kind, tensors or {}, measurements, manifest)
+        temporary.chmod(0o755)
+        _move_into_place(temporary, path)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def check_place(path: Path, overwrite: bool = False) -> None:
+    """Refuse a place that cannot be written, before any long work is done for it.
+
+    Raises:
+        ArtifactError: it holds something, or its nearest existing parent cannot be written.
+    """
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ArtifactError(f"cannot write {path}: {parent} is not a folder that can be written; choose another --out")
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not (path / MANIFEST).is_file():
+        raise ArtifactError(f"{path} exists and is not an artifact; choose another --out")
+    if not overwrite:
+        raise ArtifactError(f"{path} already holds an artifact; choose another --out or pass --overwrite")
+
+
+def _write_content(
+    folder: Path,
+    kind: str,
+    tensors: "Mapping[str, Tensor]",
+    measurements: Sequence[Measurement],
+    manifest: dict[str, Any],
+) -> None:
+    from safetensors.torch import save_file
+
+    if tensors:
+        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / f"{kind}.safetensors")
+    write_measurements(folder / MEASUREMENTS, measurements)
+    manifest["files"] = {f.name: sha256_of(f) for f in sorted(folder.iterdir())}
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _move_into_place(temporary: Path, path: Path) -> None:
+    if not path.exists() or not any(path.iterdir()):
+        temporary.replace(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent)) / path.name
+    path.replace(old)
+    temporary.replace(path)
+    shutil.rmtree(old.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load_artifact(path: str | Path, model: "HookedTransformer | None" = None, *, kind: str | None = None) -> Artifact:
+    """Read an artifact folder, checking that it is whole, of a known schema, and made with `model` where one is given.
+
+    Raises:
+        ArtifactError: missing, of another kind or schema, or changed since it was written.
+        ModelMismatchError: made with another model; the message says what differs.
+    """
+    path = Path(path)
+    manifest = _read_manifest(path)
+    found = manifest.get("kind")
+    if kind is not None and found != kind:
+        raise ArtifactError(f"{path} holds {found!r}, not {kind!r}")
+    for name, expected in manifest.get("files", {}).items():
+        file = path / name
+        if not file.is_file():
+            raise ArtifactError(f"{path} is damaged: {name} is missing; make the artifact again")
+        if sha256_of(file) != expected:
+            raise ArtifactError(f"{path} is damaged: {name} is not what was written; make the artifact again")
+    if model is not None:
+        _check_model(path, manifest, model)
+    tensor_file = path / f"{found}.safetensors"
+    tensors: dict[str, Tensor] = {}
+    if tensor_file.is_file():
+        from safetensors.torch import load_file
+
+        tensors = load_file(tensor_file)
+    return Artifact(str(found), manifest, tensors, read_measurements(path / MEASUREMENTS))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise ArtifactError(f"{path} is not a folder; an artifact is a folder with a {MANIFEST}")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} has no {MANIFEST}: it is not an artifact, or its writing was cut off") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path / MANIFEST} is not JSON ({error}); make the artifact again") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        schema = manifest.get("schema") if isinstance(manifest, dict) else None
+        raise ArtifactError(f"{path} has schema {schema!r}; this version reads schema {SCHEMA}")
+    return manifest
+
+
+def _check_model(path: Path, manifest: dict[str, Any], model: "HookedTransformer") -> None:
+    theirs, ours = manifest.get("model"), fingerprint(model)
+    if theirs is None:
+        raise ModelMismatchError(f"{path} does not say which model it was made with")
+    if theirs["d_model"] != ours["d_model"] or theirs["n_layers"] != ours["n_layers"]:
+        raise ModelMismatchError(
+            f"{path} was made with {theirs['name']} (d_model {theirs['d_model']}, {theirs['n_layers']} layers); this model"
+            f" is {ours['name']} (d_model {ours['d_model']}, {ours['n_layers']} layers)"
+        )
+    if theirs["weights_sha256"] != ours["weights_sha256"]:
+        raise ModelMismatchError(
+            f"{path} was made with {theirs['name']} (weights {theirs['weights_sha256'][:12]}); this model is"
+            f" {ours['name']} (weights {ours['weights_sha256'][:12]}): same shape, other weights"
+        )

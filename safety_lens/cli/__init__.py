@@ -1,0 +1,58 @@
+"""The command line: the library with files. This module and the verbs must not import torch, so that --help is quick."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from safety_lens.cli import demo, doctor, extract, pairs
+from safety_lens.errors import SafetyLensError
+
+app = typer.Typer(
+    name="safety-lens",
+    help="Find, test, change and watch concept directions in language models. Every number with its uncertainty,"
+    " its control and its cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"safety-lens {version('safety-lens-tl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options that stand before the verb."""
+
+
+app.command("extract")(extract.extract)
+app.command("doctor")(doctor.doctor)
+app.command("demo")(demo.demo)
+app.add_typer(pairs.app, name="pairs")
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one message and exit code 2; --debug shows where they arose."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers would warn on every run
+    try:
+        app()
+    except SafetyLensError as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing unfinished was left behind", err=True)
+        sys.exit(130)

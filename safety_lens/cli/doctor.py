@@ -1,0 +1,61 @@
+"""`safety-lens doctor`: is this model, as loaded here, fit to be measured?"""
+
+import platform
+from typing import TYPE_CHECKING
+
+import typer
+
+from safety_lens.cli import options, terminal
+
+if TYPE_CHECKING:
+    from safety_lens.conformance import Finding
+
+
+def doctor(
+    model: options.Model = "organism",
+    adapter: options.Adapter = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+) -> None:
+    """Check the environment, and identities that must hold on a model before its numbers are believed.
+
+    Loading itself compares logits with Hugging Face. Exits 3 if a check fails.
+    """
+    terminal.quiet_libraries()
+    from safety_lens.conformance import examine
+    from safety_lens.models import load_model
+
+    hooked = load_model(model, adapter=adapter, device=device, dtype=dtype)
+    findings = examine(hooked)
+    if as_json:
+        for finding in findings:
+            typer.echo(finding.to_measurement().to_json())
+    else:
+        _show_environment(str(hooked.cfg.device), str(hooked.cfg.dtype).removeprefix("torch."))
+        _show(findings, model)
+    if not all(f.ok for f in findings):
+        raise typer.Exit(3)
+
+
+def _show_environment(device: str, dtype: str) -> None:
+    import torch
+
+    from safety_lens.artifacts import versions
+
+    listed = ", ".join(f"{name} {number}" for name, number in versions().items())
+    terminal.out.print(f"{platform.system()} {platform.machine()}, {listed}", soft_wrap=True)
+    terminal.out.print(f"device {device}, {dtype}, {torch.get_num_threads()} threads")
+
+
+def _show(findings: "list[Finding]", model: str) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=f"Conformance of {model}", box=box.SIMPLE_HEAD)
+    for column in ("check", "", "relative gap", "allowed", "what it says"):
+        table.add_column(column)
+    for f in findings:
+        gap, allowed = ("–" if x != x else f"{x:.1e}" for x in (f.gap, f.tolerance))
+        table.add_row(f.name, "ok" if f.ok else "[bold red]FAILED", gap, allowed, f.detail)
+    terminal.out.print(table)

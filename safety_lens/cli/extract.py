@@ -1,0 +1,237 @@
+"""`safety-lens extract`: concept directions with their evidence."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safety_lens.cli import options, terminal
+from safety_lens.errors import DataError
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+    from safety_lens.data import Concept
+    from safety_lens.probes.extract import DirectionSet
+    from safety_lens.probes.reading import ConceptActivations
+
+
+def extract(
+    out: options.Out,
+    model: options.Model = "organism",
+    concept: Annotated[list[str] | None, typer.Option(help="Built-in concept; repeat for several.")] = None,
+    pairs: Annotated[list[str] | None, typer.Option(help="JSONL file of contrast pairs, or hf:NAME; repeatable.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="dim, whitened, pca, logistic, robust; repeatable.")] = None,
+    point: Annotated[str, typer.Option(help="Hook point of each block: resid_pre/mid/post, attn_out, mlp_out, mlp_post, z.")] = "resid_post",
+    layers: Annotated[str | None, typer.Option(help="Blocks such as 0,3,8-12 or -1; default all.")] = None,
+    positions: Annotated[str, typer.Option(help="last, mean:K, mean:instruction, mean:answer, mean:all, answer_letter.")] = "last",
+    select: Annotated[str, typer.Option(help="How the hook is chosen: separability, or the name of a hook.")] = "separability",
+    adapter: options.Adapter = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Take prompts as plain text, without the chat template.")] = False,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut user text that exceeds the context, never the template.")] = False,
+    enable_thinking: Annotated[bool | None, typer.Option("--enable-thinking/--no-thinking", help="Passed to chat templates that know it.")] = None,
+    min_auroc: Annotated[float | None, typer.Option(help="Exit 3 if a chosen direction's lower AUROC limit is below.")] = None,
+    save_activations: Annotated[list[str] | None, typer.Option(help="Keep rows of hooks that match, e.g. 'blocks.*.hook_resid_post'.")] = None,
+    activations_dtype: Annotated[str, typer.Option(help="float16 or float32, for --save-activations.")] = "float16",
+    null_repeats: Annotated[int, typer.Option(min=20, help="Refits on shuffled labels behind the null.")] = 100,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Prompts per forward; default by memory.")] = None,
+    all_hooks: Annotated[bool, typer.Option("--all-hooks", help="Also print a table of every hook.")] = False,
+    overwrite: options.Overwrite = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+) -> None:
+    """Find directions at every hook, choose one on held-out pairs, and report it with its uncertainty and controls.
+
+    Writes an artifact: directions.safetensors, measurements.jsonl, manifest.json, and plots.
+    """  # fmt: skip
+    from safety_lens.artifacts import check_place
+
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items() if k != "check_place"}
+    check_place(out, overwrite)
+    concepts = _concepts(concept, pairs, seed, raw)
+    wanted_layers = parse_layers(layers)
+    terminal.quiet_libraries()
+
+    from safety_lens.models import hooks_at, load_model
+    from safety_lens.positions import parse_positions
+    from safety_lens.probes.estimators import estimator
+    from safety_lens.probes.extract import directions_from
+    from safety_lens.probes.selection import selector
+    from safety_lens.probes.store import save_directions
+
+    methods = list(dict.fromkeys(method or ["dim"]))
+    for name in methods:
+        estimator(name)
+    selector(select)
+    rule = parse_positions(positions)
+    hooked = load_model(model, adapter=adapter, device=device, dtype=dtype)
+    hooks = hooks_at(hooked, point, wanted_layers)
+    kept = _matching(hooked, save_activations or [])
+    everything = list(dict.fromkeys([*hooks, *kept]))
+    template_kwargs = None if enable_thinking is None else {"enable_thinking": enable_thinking}
+    acts = _read(hooked, concepts, everything, rule, truncate, template_kwargs, batch_size or "auto")
+    if kept:
+        _announce_size(acts, kept, activations_dtype)
+    sets = _fit(
+        lambda a, m: directions_from(
+            hooked, a.at(hooks), method=m, select=select, seed=seed, null_repeats=null_repeats
+        ),
+        acts,
+        methods,
+    )
+
+    def attach(folder: Path) -> None:
+        _plots(folder, sets)
+        if kept:
+            _keep(folder, acts, kept, activations_dtype)
+
+    save_directions(out, sets, hooked, concepts=concepts, arguments=arguments, attach=attach, overwrite=overwrite)
+    _report(sets, out, all_hooks, as_json)
+    _judge(sets, min_auroc)
+
+
+def _concepts(names: Sequence[str] | None, files: Sequence[str] | None, seed: int, raw: bool) -> "list[Concept]":
+    from safety_lens.data import load_concept
+
+    wanted = [*(names or []), *(files or [])]
+    if not wanted:
+        raise DataError("nothing to extract: name a built-in concept with --concept, or a file with --pairs")
+    found = [load_concept(source, seed=seed, raw=True if raw else None) for source in wanted]
+    labels = [c.name for c in found]
+    if twice := {n for n in labels if labels.count(n) > 1}:
+        raise DataError(f"two sources give the concept {sorted(twice)[0]!r}; rename one (the field 'concept' or the file)")
+    return found
+
+
+def parse_layers(text: str | None) -> list[int] | None:
+    """Blocks of a spelling such as `0,3,8-12` or `-1`; None for all.
+
+    Raises:
+        DataError: it is none.
+    """
+    if text is None:
+        return None
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().rpartition("-") if part.strip()[1:].count("-") else (part.strip(), "", "")
+        try:
+            layers += range(int(first), int(last) + 1) if dash else [int(first)]
+        except ValueError:
+            raise DataError(f"--layers {text!r}: {part!r} is not a block or a range; write e.g. 0,3,8-12 or -1") from None
+    if not layers:
+        raise DataError(f"--layers {text!r} names no block; write e.g. 0,3,8-12 or -1")
+    return layers
+
+
+def _matching(model: "HookedTransformer", patterns: Sequence[str]) -> list[str]:
+    from fnmatch import fnmatchcase
+
+    found: list[str] = []
+    for pattern in patterns:
+        hits = [name for name in model.hook_dict if fnmatchcase(name, pattern)]
+        if not hits:
+            raise DataError(f"--save-activations {pattern!r} matches no hook; try 'blocks.*.hook_resid_post'")
+        found += hits
+    return list(dict.fromkeys(found))
+
+
+def _read(
+    model: "HookedTransformer",
+    concepts: "list[Concept]",
+    hooks: list[str],
+    rule: Any,
+    truncate: bool,
+    template_kwargs: dict[str, Any] | None,
+    batch_size: int | str,
+) -> "list[ConceptActivations]":
+    from safety_lens.probes.reading import read_concepts
+
+    total = sum(2 * len(c.pairs) for c in concepts)
+    with terminal.progress("reading prompts", total) as advance:
+        return read_concepts(
+            model,
+            concepts,
+            hooks,
+            positions=rule,
+            truncate=truncate,
+            template_kwargs=template_kwargs,
+            batch_size=batch_size,
+            on_batch=advance,
+        )
+
+
+def _fit(
+    fit: "Callable[[ConceptActivations, str], DirectionSet]", acts: "list[ConceptActivations]", methods: list[str]
+) -> "list[DirectionSet]":
+    sets = []
+    with terminal.progress("fitting and testing", len(acts) * len(methods)) as advance:
+        for a in acts:
+            for name in methods:
+                sets.append(fit(a, name))
+                advance(1)
+    return sets
+
+
+def _announce_size(acts: "list[ConceptActivations]", hooks: list[str], dtype: str) -> None:
+    from safety_lens.probes.reading import kept_bytes
+
+    size = sum(kept_bytes(a, hooks, dtype) for a in acts)
+    terminal.err.print(f"keeping {len(hooks)} hooks as {dtype}: {size / 2**20:.1f} MiB")
+
+
+def _keep(folder: Path, acts: "list[ConceptActivations]", hooks: list[str], dtype: str) -> None:
+    from safety_lens.probes.reading import kept_rows
+    from safetensors.torch import save_file
+
+    save_file({k: t for a in acts for k, t in kept_rows(a, hooks, dtype).items()}, folder / "activations.safetensors")
+
+
+def _plots(folder: Path, sets: "list[DirectionSet]") -> None:
+    from safety_lens.report.plots import layer_sweep, projection_histogram, save_figure
+
+    for s in sets:
+        stem = f"{s.concept}-{s.method}".replace("/", "_")
+        save_figure(layer_sweep(s.measurements, title=f"{s.concept} · {s.method}"), folder / f"{stem}-sweep.png")
+        if s.choice is None or not s.scores[s.choice.hook].measurable:
+            continue
+        scores, area = s.scores[s.choice.hook], s.evidence[s.choice.hook].auroc
+        figure = projection_histogram(scores.pos, scores.neg, title=f"{s.concept} · {s.method} · {s.choice.hook}", area=area)
+        save_figure(figure, folder / f"{stem}-histogram.png")
+
+
+def _report(sets: "list[DirectionSet]", out: Path, all_hooks: bool, as_json: bool) -> None:
+    if as_json:
+        for s in sets:
+            for row in s.measurements:
+                typer.echo(row.to_json())
+        return
+    from safety_lens.report.tables import direction_table, hook_table
+
+    terminal.out.print(direction_table(sets))
+    for s in sets:
+        if all_hooks:
+            terminal.out.print(hook_table(s))
+        if s.choice is not None:
+            terminal.out.print(f"{s.concept}/{s.method}: {s.choice.reason}", markup=False, soft_wrap=True)
+            for note in s.evidence[s.choice.hook].notes:
+                terminal.out.print(f"  ! {note}", markup=False, soft_wrap=True)
+            terminal.out.print(f"  · pairs held out by: {s.evidence[s.choice.hook].scheme}", markup=False)
+        for note in s.notes:
+            terminal.out.print(f"  · {note}", markup=False, soft_wrap=True)
+    terminal.out.print(f"written: {out}", markup=False, soft_wrap=True)
+
+
+def _judge(sets: "list[DirectionSet]", min_auroc: float | None) -> None:
+    for s in sets:
+        if s.choice is None:
+            s.best  # noqa: B018  raises the error that says why there is none
+    if min_auroc is None:
+        return
+    low = {f"{s.concept}/{s.method}": s.best.evidence.auroc.low for s in sets if s.best.evidence is not None}
+    failed = [f"{name} {value:.3f}" for name, value in low.items() if not value >= min_auroc]
+    if failed:
+        typer.echo(f"below --min-auroc {min_auroc}: lower limit of {', '.join(failed)}", err=True)
+        raise typer.Exit(3)

@@ -1,0 +1,176 @@
+"""The seam: any supported model as a HookedTransformer. Nothing else in the project loads models.
+
+`load_model` reads hub ids, local folders and models in memory, with or without a PEFT adapter, and returns
+TransformerLens' own HookedTransformer whose activations are those of the Hugging Face model.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformer_lens import HookedTransformer
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from safety_lens.architectures import architecture_named
+from safety_lens.errors import HookNameError
+from safety_lens.folding import Shadow, base_model, has_adapters, has_quantised, unwrapped
+from safety_lens.hooked import build, check_parity
+from safety_lens.hub import parse_device, parse_dtype, put_adapter, read_model, read_tokenizer, resolve
+from safety_lens.refusals import refuse_unreadable
+
+POINTS = {
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+    "mlp_post": "mlp.hook_post",
+    "z": "attn.hook_z",
+}
+"""Short names of hook points, once per block."""
+
+_NEEDS_FLAG = {
+    "attn.hook_result": "use_attn_result",
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
+    "hook_attn_in": "use_attn_in",
+    "hook_mlp_in": "use_hook_mlp_in",
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a hooked model came from; set by `load_model` as `model.origin`.
+
+    name: hub id, folder or "in memory". revision: hub commit where known. architecture: the HF class name.
+    adapter: the adapter(s) whose effect the weights include.
+    """
+
+    name: str
+    revision: str | None
+    architecture: str
+    config: PretrainedConfig = field(repr=False)
+    adapter: str | None
+
+
+def load_model(
+    source: str | Path | nn.Module = "organism",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    adapter: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "auto",
+    share: bool = True,
+    check: bool = True,
+) -> HookedTransformer:
+    """Any supported model as a HookedTransformer: eval mode, no gradients, activations equal to Hugging Face's.
+
+    source: "organism" (the model shipped with Safety Lens), a hub id, a local folder (of a model, or of an adapter
+    that names its base), or a PreTrainedModel or PeftModel in memory, which is never changed. adapter: folder or hub
+    id of a PEFT adapter; for a PeftModel in memory the name of one of its adapters. dtype: None keeps the model's
+    own. device: "auto" is cuda, else mps, else cpu; a model in memory stays where it is. share: parameters are views
+    of the HF tensors, so full fine-tuning is seen at once and loading costs no memory (for adapters see
+    folding.LoraFolder); a dtype or device other than the model's own makes copies. check: compare logits with the HF
+    model on a ragged batch.
+
+    `model.tokenizer` is the one given or the folder's, else None; `model.origin` is an Origin; `model.cfg.n_ctx` is
+    the longest input that is exact. Gemma's `W_E` and norm gains are the checkpoint's own (not scaled, around zero).
+
+    Raises:
+        ModelError: a source that cannot be read, or a model that TransformerLens cannot represent, by name.
+        WeightSyncError: the hooked model does not reproduce the HF model.
+    """
+    wanted_dtype = parse_dtype(dtype)
+    in_memory = isinstance(source, nn.Module)
+    if isinstance(source, nn.Module):
+        hf, name, revision = unwrapped(source), "in memory", None
+    else:
+        found = resolve(source, adapter)
+        hf = read_model(found.base, dtype=wanted_dtype, device=parse_device(device))
+        tokenizer = tokenizer or read_tokenizer(found.base, found.adapter)
+        name, revision, adapter = found.name, getattr(hf.config, "_commit_hash", None), found.adapter
+    refuse_unreadable(hf)
+    architecture_named(type(base_model(hf)).__name__)
+    live, adapters, label = put_adapter(hf, adapter, owned=not in_memory)
+    plain = Shadow(live, adapters).model if has_adapters(live) else live
+    target = None if in_memory and str(device) == "auto" else parse_device(device)
+    model = build(plain, share=share, dtype=wanted_dtype, device=target)
+    if check:
+        # the live model is not run where it has other adapters active, or where running it repacks its weights
+        check_parity(model, live if adapters is None and not has_quantised(live) else plain)
+    model.tokenizer = tokenizer
+    model.origin = Origin(name, revision, type(plain).__name__, plain.config, label)
+    return model
+
+
+def load_hf(
+    source: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "auto",
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase | None]:
+    """The Hugging Face model and tokenizer of a hub id, folder or "organism", for training and for comparison.
+
+    Only safetensors are read and no remote code runs. With an adapter the model is a PeftModel. The tokenizer is None
+    where the folder has none.
+
+    Raises:
+        ModelError: see load_model.
+    """
+    found = resolve(source, adapter)
+    hf = read_model(found.base, dtype=parse_dtype(dtype), device=parse_device(device))
+    live, _, _ = put_adapter(hf, found.adapter, owned=True)
+    return live, read_tokenizer(found.base, found.adapter)
+
+
+def hooks_at(model: HookedTransformer, point: str = "resid_post", layers: Sequence[int] | None = None) -> list[str]:
+    """Full hook names of one point in every block, or in the blocks given (negative counts from the end).
+
+    point: resid_pre, resid_mid, resid_post, attn_out, mlp_out, mlp_post (after the activation), z (per head), or
+    TransformerLens' spelling such as "mlp.hook_post", "attn.hook_z", "hook_z".
+
+    Raises:
+        HookNameError: no such point or block.
+    """
+    suffix = _suffix(model, point)
+    n_layers = model.cfg.n_layers
+    wanted = range(n_layers) if layers is None else layers
+    outside = [layer for layer in wanted if not -n_layers <= layer < n_layers]
+    if outside:
+        raise HookNameError(f"block {outside[0]} was asked for, but this model has {n_layers}: 0 to {n_layers - 1}")
+    return [f"blocks.{layer % n_layers}.{suffix}" for layer in wanted]
+
+
+def _suffix(model: HookedTransformer, point: str) -> str:
+    inside = {name.split(".", 2)[2] for name in model.hook_dict if name.startswith("blocks.0.")}
+    candidates = (POINTS.get(point, point), point, f"attn.{point}", f"mlp.{point}")
+    for candidate in candidates:
+        if candidate in inside:
+            return candidate
+    if point == "resid_mid":
+        raise HookNameError(f"{model.cfg.model_name} runs attention and MLP in parallel: there is no resid_mid")
+    raise HookNameError(f"no hook point {point!r} in a block; short names are {', '.join(POINTS)}")
+
+
+def check_hooks(model: HookedTransformer, names: Iterable[str]) -> None:
+    """Refuse hook names that the model does not have, or that would never fire.
+
+    Raises:
+        HookNameError: names the nearest existing hook and the model's layer count.
+    """
+    for name in names:
+        if name not in model.hook_dict:
+            near = difflib.get_close_matches(str(name), list(model.hook_dict), n=1, cutoff=0.0)
+            raise HookNameError(
+                f"no hook named {name!r}: the nearest is {near[0]!r}; this model has {model.cfg.n_layers} blocks, "
+                f"0 to {model.cfg.n_layers - 1}"
+            )
+        for ending, flag in _NEEDS_FLAG.items():
+            if name.endswith(ending) and not getattr(model.cfg, flag):
+                raise HookNameError(f"hook {name!r} fires only with model.cfg.{flag}, which is off")

@@ -1,0 +1,78 @@
+"""Terminal tables of what was measured."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from safety_lens.stats import Interval
+
+if TYPE_CHECKING:
+    from safety_lens.probes.extract import DirectionSet
+
+
+def number(value: float, digits: int = 2) -> str:
+    """A number, or a dash where it is unknown."""
+    return "–" if value != value else f"{value:.{digits}f}"
+
+
+def with_interval(interval: Interval, digits: int = 2) -> str:
+    """`0.98 [0.95, 1.00]`, or a dash where it is unknown."""
+    if interval.value != interval.value:
+        return "–"
+    if interval.low != interval.low:
+        return f"{interval.value:.{digits}f} [no interval]"
+    return f"{interval.value:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+
+
+def p_value(p: float) -> str:
+    """A p value that is never written as 0."""
+    return "–" if p != p else f"{p:.4f}" if p >= 0.001 else f"{p:.0e}"
+
+
+def direction_table(sets: Sequence["DirectionSet"]) -> Table:
+    """One row per concept and method: the chosen hook with its evidence and controls."""
+    table = Table(title="Directions at the chosen hook, on held-out pairs (95 % intervals)", box=box.SIMPLE_HEAD)
+    columns = ("direction", "hook", "AUROC", "p, all\nhooks", "d'", "half-split\ncosine", "bag of\nwords", "pairs")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for s in sets:
+        name = Text(f"{s.concept}\n{s.method}")
+        if s.choice is None:
+            table.add_row(name, "no direction", *["–"] * (len(columns) - 2))
+            continue
+        e = s.evidence[s.choice.hook]
+        table.add_row(
+            name,
+            Text(s.choice.hook.replace(".hook_", ".\nhook_")),
+            with_interval(e.auroc).replace(" [", "\n["),
+            p_value(e.p_max),
+            with_interval(e.d_prime, 1).replace(" [", "\n["),
+            number(e.stability),
+            with_interval(e.lexical).replace(" [", "\n["),
+            str(e.n),
+        )
+    return table
+
+
+def hook_table(s: "DirectionSet") -> Table:
+    """Every hook of one concept and method."""
+    table = Table(title=f"{s.concept}/{s.method} at every hook", box=box.SIMPLE_HEAD)
+    for column in ("hook", "AUROC", "p (all hooks)", "d'", "stability", "shuffled q95", "random q95", "norm"):
+        table.add_column(column)
+    for hook, e in s.evidence.items():
+        mark = " ←" if s.choice is not None and s.choice.hook == hook else ""
+        norm = s.directions[hook].norm if hook in s.directions else float("nan")
+        table.add_row(
+            Text(hook + mark),
+            with_interval(e.auroc),
+            p_value(e.p_max),
+            with_interval(e.d_prime, 1),
+            number(e.stability),
+            number(e.null_shuffled),
+            number(e.null_random),
+            number(norm, 3),
+        )
+    return table

@@ -1,0 +1,433 @@
+"""Folding: the hooked model has the live adapter's effect, and the live model never notices."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import zoo
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from torch import nn
+
+from safety_lens.errors import ModelError
+from safety_lens.folding import LoraFolder, Shadow
+from safety_lens.models import load_model
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = {
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_fc", "c_proj"],
+    "neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tensors this small only wait for each other on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def fill(model: nn.Module, seed: int) -> None:
+    """Give every trainable tensor a random push, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                push = 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(push.to(parameter))
+
+
+def adapted(name: str, config: object, seed: int = 1, dtype: torch.dtype = torch.float32) -> PeftModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft comments on the unusual settings that these tests are about
+        model = get_peft_model(zoo.make(name, dtype=dtype), config).eval()
+    fill(model, seed)
+    return model
+
+
+def targets(name: str) -> list[str]:
+    return TARGETS.get(name, LINEAR)
+
+
+def state(model: nn.Module) -> dict[str, object]:
+    """Everything about a live model that a monitor could disturb."""
+    return {
+        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "pointers": [p.data_ptr() for p in model.parameters()],
+        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "modes": [module.training for module in model.modules()],
+        "types": [type(module) for module in model.modules()],
+        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+        "rng": torch.get_rng_state(),
+    }
+
+
+def assert_same(before: dict[str, object], after: dict[str, object]) -> None:
+    for key, value in before.items():
+        other = after[key]
+        if key == "weights":
+            assert list(value) == list(other)
+            assert all(torch.equal(tensor, other[name]) for name, tensor in value.items()), key
+        elif key == "rng":
+            assert torch.equal(value, other)
+        elif key == "grads":
+            assert all(a is b is None or torch.equal(a, b) for a, b in zip(value, other, strict=True))
+        else:
+            assert value == other, key
+
+
+def gap(model: nn.Module, live: nn.Module) -> float:
+    batch = zoo.ragged()
+    return float((zoo.hooked_logits(model, batch) - zoo.hf_logits(live, batch)).abs().max())
+
+
+def effect(live: PeftModel) -> float:
+    """How much the adapter moves logits: parity would be trivial without it."""
+    batch = zoo.ragged()
+    with_adapter = zoo.hf_logits(live, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # with bias="all" the base biases were trained too, says peft
+        with live.disable_adapter():
+            return float((with_adapter - zoo.hf_logits(live, batch)).abs().max())
+
+
+@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+def test_lora_on_every_linear_of_every_architecture_equals_live_peft_after_each_update(name: str) -> None:
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets(name), fan_in_fan_out=name == "gpt2")
+    live = adapted(name, config)
+    model = load_model(live)
+    folder = LoraFolder(model, live)
+    assert gap(model, live) <= 1e-4
+    for seed in (2, 3):
+        fill(live, seed)
+        stale = gap(model, live)
+        folder.fold()
+        assert stale > 0.1  # the negative control: without folding the hooked model is wrong
+        assert gap(model, live) <= 1e-4
+    assert effect(live) > 0.1
+
+
+CASES: dict[str, tuple[str, Callable[[], object]]] = {
+    "rslora_patterns": (
+        "llama",
+        lambda: LoraConfig(
+            r=4, use_rslora=True, target_modules=LINEAR, rank_pattern={"q_proj": 8}, alpha_pattern={"v_proj": 32}
+        ),
+    ),
+    "dora": ("llama", lambda: LoraConfig(r=4, use_dora=True, target_modules=LINEAR)),
+    "dora_fused": ("phi3", lambda: LoraConfig(r=4, use_dora=True, target_modules=TARGETS["phi3"])),
+    "lora_bias": ("qwen2", lambda: LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_bias=True)),
+    "lora_bias_without_base_bias": ("llama", lambda: LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True)),
+    "bias_all": ("qwen2", lambda: LoraConfig(r=4, target_modules=LINEAR, bias="all")),
+    "bias_all_gpt2": (
+        "gpt2",
+        lambda: LoraConfig(r=4, target_modules=TARGETS["gpt2"], bias="all", fan_in_fan_out=True),
+    ),
+    "layers_to_transform": ("llama", lambda: LoraConfig(r=4, target_modules=LINEAR, layers_to_transform=[2])),
+    "lm_head": ("llama", lambda: LoraConfig(r=4, target_modules=[*LINEAR, "lm_head"])),
+    "embedding": ("llama", lambda: LoraConfig(r=4, target_modules=[*LINEAR, "embed_tokens"])),
+    "embedding_gemma": ("gemma2", lambda: LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])),
+    "modules_to_save_head": ("llama", lambda: LoraConfig(r=4, target_modules=LINEAR, modules_to_save=["lm_head"])),
+    "modules_to_save_norm": ("gemma2", lambda: LoraConfig(r=4, target_modules=LINEAR, modules_to_save=["norm"])),
+    "trainable_tokens": (
+        "llama",
+        lambda: LoraConfig(r=4, target_modules=LINEAR, trainable_token_indices={"embed_tokens": [5, 6, 7]}),
+    ),
+    "ia3": (
+        "llama",
+        lambda: IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    ),
+    "ia3_bias": ("qwen2", lambda: IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[])),
+    "loha": ("llama", lambda: LoHaConfig(r=4, target_modules=LINEAR)),
+    "lokr": ("llama", lambda: LoKrConfig(r=4, target_modules=LINEAR)),
+    "vera": ("llama_mha", lambda: VeraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])),
+    "adalora": ("llama", lambda: AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=LINEAR)),
+    "oft": ("llama", lambda: OFTConfig(r=0, oft_block_size=16, target_modules=["q_proj", "o_proj"])),
+    "boft": ("llama", lambda: BOFTConfig(boft_block_size=4, target_modules=["q_proj"])),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_mergeable_adapter_equals_live_peft_and_leaves_it_bit_identical(case: str) -> None:
+    name, config = CASES[case]
+    live = adapted(name, config())
+    before = state(live)
+    model = load_model(live)
+    folder = LoraFolder(model, live)
+    folder.fold()
+    assert_same(before, state(live))
+    assert gap(model, live) <= 1e-4
+    assert effect(live) > 0.1
+    fill(live, 5)
+    folder.fold()
+    assert gap(model, live) <= 1e-4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_and_adapted_embeddings_follow_peft_with_tied_and_untied_heads(tied: bool) -> None:
+    for config in (
+        LoraConfig(r=4, target_modules=[*LINEAR, "embed_tokens"]),
+        LoraConfig(r=4, target_modules=LINEAR, modules_to_save=["embed_tokens"]),
+    ):
+        live = adapted("llama_tied" if tied else "llama", config)
+        assert gap(load_model(live), live) <= 1e-4
+
+
+def test_a_naive_product_would_be_wrong_for_dora() -> None:
+    live = adapted("llama", LoraConfig(r=4, use_dora=True, target_modules=LINEAR))
+    layer = live.get_base_model().model.layers[0].self_attn.q_proj
+    naive = layer.base_layer.weight + layer.scaling["default"] * (
+        layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    )
+    plain = Shadow(live).model.model.layers[0].self_attn.q_proj
+    assert (plain.weight - naive).abs().max() > 0.01
+
+
+def test_several_active_adapters_and_a_switched_one_are_followed() -> None:
+    live = adapted("llama", LoraConfig(r=4, target_modules=LINEAR))
+    live.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    live.base_model.set_adapter(["default", "other"])
+    fill(live, 4)
+    model = load_model(live)
+    folder = LoraFolder(model, live)
+    assert gap(model, live) <= 1e-4
+    for active in ("default", "other", ["other", "default"]):
+        live.base_model.set_adapter(active)
+        assert gap(model, live) > 0.1 or active == ["other", "default"]
+        folder.fold()
+        assert gap(model, live) <= 1e-4
+
+
+def test_one_adapter_of_a_peft_model_can_be_named_without_switching_it() -> None:
+    live = adapted("llama", LoraConfig(r=4, target_modules=LINEAR))
+    live.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    live.base_model.set_adapter("other")
+    fill(live, 4)
+    live.base_model.set_adapter("default")
+    model = load_model(live, adapter="other")
+    assert live.active_adapters == ["default"]
+    live.base_model.set_adapter("other")
+    assert gap(model, live) <= 1e-4
+
+
+def test_disabled_and_merged_adapters_are_read_as_peft_reads_them() -> None:
+    live = adapted("llama", LoraConfig(r=4, target_modules=LINEAR))
+    model = load_model(live)
+    folder = LoraFolder(model, live)
+    with live.disable_adapter():
+        folder.fold()
+        assert gap(model, live) <= 1e-4
+    folder.fold()
+    assert gap(model, live) <= 1e-4
+    live.merge_adapter()
+    folder.fold()
+    assert gap(model, live) <= 1e-4
+
+
+def test_adapters_injected_without_a_peft_model_are_folded_too() -> None:
+    live = adapted("llama", LoraConfig(r=4, target_modules=LINEAR)).get_base_model()
+    assert gap(load_model(live), live) <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_weights_are_summed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
+    live = adapted("llama", LoraConfig(r=4, target_modules=LINEAR), dtype=dtype)
+    before = state(live)
+    model = load_model(live)
+    folder = LoraFolder(model, live)
+    for _ in range(20):
+        folder.fold()
+    assert_same(before, state(live))
+    layer = live.get_base_model().model.layers[1].mlp.down_proj
+    wide = [t.detach().float() for t in (layer.lora_B["default"].weight, layer.lora_A["default"].weight)]
+    expected = torch.addmm(layer.base_layer.weight.float(), *wide, alpha=layer.scaling["default"]).to(dtype)
+    assert torch.equal(model.blocks[1].mlp.W_out.T, expected)
+
+
+def test_a_model_in_training_keeps_gradients_modes_hooks_and_random_streams() -> None:
+    live = get_peft_model(zoo.make("llama"), LoraConfig(r=4, target_modules=LINEAR, lora_dropout=0.5)).train()
+    live.get_base_model().model.layers[0].eval()  # a mixed state must come back mixed
+    calls: list[int] = []
+    live.get_base_model().model.register_forward_hook(lambda *_: calls.append(1))
+    fill(live, 1)
+    tokens, _, _ = zoo.ragged()
+    live(input_ids=tokens, labels=tokens).loss.backward()
+    calls.clear()
+    before = state(live)
+    model = load_model(live)
+    folder = LoraFolder(model, live)
+    folder.fold()
+    model(tokens)
+    assert_same(before, state(live))
+    assert not calls
+    live.eval()
+    assert gap(model, live) <= 1e-4
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, _Stop])
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}])
+def test_an_interrupt_in_the_middle_of_a_fold_leaves_the_live_model_bit_identical(
+    stop: type[BaseException], config: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = adapted("llama", LoraConfig(r=4, target_modules=LINEAR, **config))
+    model = load_model(live)
+    folder = LoraFolder(model, live)
+    fill(live, 2)
+    before = state(live)
+    calls = 0
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        nonlocal calls
+        calls += 1
+        original(*args, **kwargs)
+        if calls == 3:
+            raise stop
+
+    target = "safety_lens.folding._merge_clone" if config else "safety_lens.folding._add_lora"
+    import safety_lens.folding as folding
+
+    original = getattr(folding, target.rsplit(".", 1)[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(target, interrupted)
+        with pytest.raises(stop):
+            folder.fold()
+    assert_same(before, state(live))
+    folder.fold()
+    assert gap(model, live) <= 1e-4
+
+
+def test_full_fine_tuning_is_visible_without_folding_and_moved_storage_after_it() -> None:
+    live = zoo.make("gemma3")
+    model = load_model(live)
+    folder = LoraFolder(model, live)
+    optimizer = torch.optim.AdamW(live.parameters(), lr=1e-2)
+    tokens, _, _ = zoo.ragged()
+    first = zoo.hf_logits(live, zoo.ragged())
+    live(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    assert (zoo.hf_logits(live, zoo.ragged()) - first).abs().max() > 0.1
+    assert gap(model, live) <= 1e-4
+    live.to(torch.float64)
+    folder.fold()
+    assert model.cfg.dtype == torch.float64
+    assert gap(model, live) <= 1e-4
+    live.resize_token_embeddings(zoo.VOCAB + 7, mean_resizing=False)
+    folder.fold()
+    assert model.cfg.d_vocab == zoo.VOCAB + 7
+    assert gap(model, live) <= 1e-4
+
+
+def test_moved_storage_of_a_peft_model_is_noticed() -> None:
+    live = adapted("phi3", LoraConfig(r=4, target_modules=TARGETS["phi3"]))
+    model = load_model(live)
+    folder = LoraFolder(model, live)
+    for parameter in live.parameters():
+        parameter.data = parameter.data.clone() + 0.01
+    assert gap(model, live) > 0.1
+    folder.fold()
+    assert gap(model, live) <= 1e-4
+
+
+def test_a_hooked_model_with_its_own_copies_is_made_equal_by_folding_too() -> None:
+    live = adapted("llama", LoraConfig(r=4, target_modules=LINEAR))
+    model = load_model(live, share=False)
+    folder = LoraFolder(model, live)
+    fill(live, 2)
+    folder.fold()
+    assert gap(model, live) <= 1e-4
+
+
+def test_weights_of_another_dtype_are_copies_that_folding_refreshes() -> None:
+    live = zoo.make("gemma2", dtype=torch.bfloat16)
+    for layer in live.model.layers:
+        layer.input_layernorm.float()
+    model = load_model(live)
+    folder = LoraFolder(model, live)
+    for _ in range(2):
+        with torch.no_grad():
+            live.model.layers[1].input_layernorm.weight.add_(0.5)
+        expected = live.model.layers[1].input_layernorm.weight.bfloat16()
+        assert not torch.equal(model.blocks[1].ln1.w, expected)
+        folder.fold()
+        assert torch.equal(model.blocks[1].ln1.w, expected)
+
+
+def test_folding_a_base_loaded_model_gives_it_the_adapter() -> None:
+    live = adapted("llama", LoraConfig(r=4, target_modules=LINEAR))
+    with live.disable_adapter():
+        model = load_model(copy.deepcopy(zoo.make("llama")))
+        assert gap(model, live) <= 1e-4
+    LoraFolder(model, live)
+    assert gap(model, live) <= 1e-4
+
+
+def test_folding_costs_only_the_adapted_matrices() -> None:
+    live = adapted("llama", LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    owned = Shadow(live).owned_bytes
+    attention = [layer.self_attn for layer in live.get_base_model().model.layers]
+    expected = sum(4 * (attn.q_proj.weight.numel() + attn.v_proj.weight.numel()) for attn in attention)
+    assert owned == expected
+
+
+def test_gradients_taken_in_the_hooked_model_never_reach_the_live_one() -> None:
+    live = adapted("llama", LoraConfig(r=4, target_modules=LINEAR)).train()
+    model = load_model(live)
+    seen = {}
+
+    def watch(act: torch.Tensor, hook: object) -> torch.Tensor:
+        seen["act"] = act.detach().requires_grad_(True)
+        return seen["act"]
+
+    tokens, _, _ = zoo.ragged()
+    model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.mlp.hook_post", watch)])[:, -1].sum().backward()
+    assert seen["act"].grad.abs().sum() > 0
+    assert all(p.grad is None for p in live.parameters())
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PROMPT_TUNING"),
+        (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PREFIX_TUNING"),
+    ],
+)
+def test_adapters_without_weights_are_refused_by_name(config: object, words: str) -> None:
+    live = get_peft_model(zoo.make("llama"), config)
+    with pytest.raises(ModelError, match=words):
+        load_model(live)
+
+
+def test_adapters_that_cannot_be_merged_are_refused_by_layer() -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM")
+    with pytest.raises(ModelError, match=r"self_attn\.q_proj"):
+        load_model(get_peft_model(zoo.make("llama"), config).eval())
+    gate_bias = adapted("llama", LoraConfig(r=4, target_modules=["gate_proj"], lora_bias=True))
+    with pytest.raises(ModelError, match="gate_proj has a bias"):
+        load_model(gate_bias)
+
+
+def test_folder_refuses_a_model_of_another_kind() -> None:
+    with pytest.raises(ModelError, match=r"load_model\(trained\)"):
+        LoraFolder(load_model(zoo.make("gpt2")), zoo.make("llama"))
