@@ -236,6 +236,26 @@ def test_the_instruction_range_follows_a_template_that_trims(make: Callable[...,
     assert words(tokenizer, row, row.instruction) == "How do I bake bread?"
 
 
+def test_without_a_template_the_question_in_front_of_the_answer_is_the_instruction(make: Callable[..., Any]) -> None:
+    tokenizer = make(None)
+    for question in ("Pick A or B.", "Pick A or B.\n"):  # with and without a space put in between
+        row = encode([[user(question), assistant("(A)")]], tokenizer)[0]
+        assert words(tokenizer, row, row.instruction) == question
+        assert words(tokenizer, row, row.answer).strip() == "(A)"
+
+
+def test_where_the_template_rewrites_what_stands_around_the_content_no_range_is_guessed(
+    make: Callable[..., Any],
+) -> None:
+    around = (
+        "{% for m in messages %}{% if 'bread' in m['content'] %}[food]{% endif %}{{ m['content'] }}[end]{% endfor %}"
+    )
+    food, other = encode(["Bake bread", "Sing"], make(around))
+    assert food.text == "[food]Bake bread[end]"
+    assert food.instruction is None
+    assert words(make(around), other, other.instruction) == "Sing"
+
+
 def test_an_empty_user_turn_has_no_instruction_tokens(make: Callable[..., Any]) -> None:
     row = encode([""], make())[0]
     assert row.instruction is None

@@ -412,19 +412,19 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path: Pat
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(DataError, match="No space left on device; nothing was left there"):
-        write_rows(path, [{"x": "new"}], force=True)
+        write_rows(path, [{"x": "new"}], overwrite=True)
     assert path.read_text(encoding="utf-8") == '{"x": "old 😀"}\n'
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_a_file_is_replaced_only_when_told_to(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"x": 1}])
-    with pytest.raises(DataError, match="exists: choose another --out, or pass --force"):
+    with pytest.raises(DataError, match="exists: choose another --out, or pass --overwrite"):
         write_rows(path, [{"x": 2}])
-    write_rows(path, [{"x": 2}], force=True)
+    write_rows(path, [{"x": 2}], overwrite=True)
     assert path.read_text() == '{"x": 2}\n'
     with pytest.raises(DataError, match="it is a folder"):
-        write_rows(tmp_path, [], force=True)
+        write_rows(tmp_path, [], overwrite=True)
     with pytest.raises(DataError, match=r"cannot write .*choose another --out"):
         write_rows(path / "below" / "b.jsonl", [])
 

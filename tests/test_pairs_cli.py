@@ -99,7 +99,7 @@ def test_each_fault_is_found_by_its_check_and_only_errors_fail(
     assert findings[check]["level"] == level
     assert words in findings[check]["message"]
     errors = [f for f in findings.values() if f["level"] == "error"]
-    assert result.exit_code == (2 if errors else 0)
+    assert result.exit_code == (3 if errors else 0)
     assert bool(errors) is (level == "error")
     sound = {f.check: f.level for f in validate(write(pairs(), "sound.jsonl"))}
     assert sound[check] == "ok", "the sound file passes the same check"
@@ -217,11 +217,11 @@ def test_built_pairs_load_validate_and_are_not_overwritten(
     assert not [f for f in validate(out) if f.level == "error"]
     first = out.read_bytes()
     again = run(*arguments, "--seed", 6)
-    assert "pass --force to replace it" in str(again.exception)
+    assert "pass --overwrite to replace it" in str(again.exception)
     assert out.read_bytes() == first
-    assert run(*arguments, "--seed", 5, "--force").exit_code == 0
+    assert run(*arguments, "--seed", 5, "--overwrite").exit_code == 0
     assert out.read_bytes() == first, "the same seed writes the same bytes"
-    assert run(*arguments, "--seed", 6, "--force").exit_code == 0
+    assert run(*arguments, "--seed", 6, "--overwrite").exit_code == 0
     assert out.read_bytes() != first
 
 
@@ -264,4 +264,4 @@ def test_help_says_what_each_verb_does(run: Callable[..., Result]) -> None:
     text = run("--help").stdout
     assert all(verb in text for verb in ("build", "convert", "validate", "sources"))
     assert "--truncate" not in text
-    assert "exit 2" in run("validate", "--help").stdout
+    assert "exit 3" in run("validate", "--help").stdout

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Build, convert and validate contrast pairs.", no_args_is_help=True)
 
 Out = Annotated[Path, typer.Option("--out", help="JSONL file to write.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")]
 Seed = Annotated[int, typer.Option("--seed", help="Decides pairing, drawing and splits.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
@@ -31,16 +31,16 @@ def build(
     ] = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="Pairs to draw; default: all.")] = None,
     seed: Seed = 0,
-    force: Force = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Build contrast pairs from a named public source or a local copy of it."""
     from safety_lens.data.build import build_pairs
     from safety_lens.data.write import refuse_taken, write_rows
 
-    refuse_taken(out, force)  # before a download, not after
+    refuse_taken(out, overwrite)  # before a download, not after
     built = build_pairs(concept, source=source, files=files or (), n=n, seed=seed)
-    write_rows(out, built.rows, force=force)
+    write_rows(out, built.rows, overwrite=overwrite)
     _written(out, built.rows, built.notes, as_json)
 
 
@@ -65,7 +65,7 @@ def convert(
     to: Annotated[str, typer.Option("--to", help="arditi, caa, ab, statements or messages.")],
     out: Out,
     seed: Seed = 0,
-    force: Force = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write pairs in another format; pairs that it cannot express are an error."""
@@ -73,7 +73,7 @@ def convert(
     from safety_lens.data.write import write_rows
 
     converted = convert_pairs(pairs, to, seed=seed)
-    write_rows(out, converted.rows, force=force)
+    write_rows(out, converted.rows, overwrite=overwrite)
     _written(out, converted.rows, (f"{converted.came_from} to {to}", *converted.notes), as_json)
 
 
@@ -90,7 +90,7 @@ def validate(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Check pairs for what makes numbers wrong (errors, exit 2) or easy to misread (warnings, exit 0)."""
+    """Check pairs for what makes numbers wrong (errors, exit 3) or easy to misread (warnings, exit 0)."""
     from safety_lens.data.validate import validate as check
 
     loaded = None if tokenizer is None else _load_tokenizer(tokenizer)
@@ -104,7 +104,7 @@ def validate(
     else:
         _show(pairs, findings)
     if levels["error"]:
-        raise typer.Exit(2)
+        raise typer.Exit(3)
 
 
 def _load_tokenizer(name: str) -> Any:

@@ -18,7 +18,8 @@ class Encoded:
     Attributes:
         ids: token ids, special tokens included, no padding.
         text: the rendered text that was tokenised.
-        instruction: token range [start, end) of the last user turn's content; None where it has no tokens.
+        instruction: token range [start, end) of the last user turn's content; None where it has no tokens
+            or the template changes it beyond trimming.
         answer: token range [start, end) of the prefilled answer; None where there is none.
         letter: index of the token that holds the end of the answer's first word: the "A" of "(A)", the "Yes" of "Yes";
             CAA reads there (Panickssery et al. 2024, arXiv:2312.06681). None where there is no answer.
@@ -137,14 +138,17 @@ def _spans(prompt: Prompt, reader: _Reader) -> _Spans:
     user = max((index for index, turn in enumerate(messages) if turn["role"] == "user"), default=None)
     if user is None:
         return _Spans(text, None, answer)
+    if reader.plain:
+        return _Spans(text, (0, len(messages[user]["content"])), answer)
     # The content may also stand in the system prompt and the template may trim it: a sentinel in its place shows where
-    # it goes, and what lies between the unchanged ends is what became of it.
+    # it goes. If what stands there is not the content (a template that adds words to some), no range is guessed.
     marked: list[Message] = [*messages]
     marked[user] = Message(role="user", content=SENTINEL)
     before, _, after = render(marked, tokenizer, template_kwargs=template_kwargs).partition(SENTINEL)
-    if not (text.startswith(before) and text.endswith(after) and len(before) + len(after) <= len(text)):
+    found = text[len(before) : len(text) - len(after)]
+    if before + found + after != text or found.strip() != messages[user]["content"].strip():
         return _Spans(text, None, answer)
-    return _Spans(text, (len(before), len(text) - len(after)), answer)
+    return _Spans(text, (len(before), len(before) + len(found)), answer)
 
 
 def _tokenise(spans: Sequence[_Spans], reader: _Reader) -> list[Encoded]:

@@ -17,7 +17,7 @@ def load_concept(name_or_path: str | Path, *, seed: int = 0, raw: bool | None = 
 
     Args:
         name_or_path: a built-in concept ("refusal", "sycophancy", "deception", "toxicity"), a JSONL or CSV file of any
-            format in `safety_lens.data.formats.FORMATS`, or "hf:name[:config][:split]" ("hf:name::split": no config).
+            format in `safety_lens.data.formats.FORMATS`, or `hf:name[:config][:split]` ("hf:name::split": no config).
         seed: decides pairings and splits where the data does not.
         raw: True: plain text, never a chat template. False: chat turns. None: as the format is by nature, or as the
             rows say with a field "raw".

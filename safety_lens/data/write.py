@@ -10,22 +10,22 @@ from typing import Any
 from safety_lens.errors import DataError
 
 
-def refuse_taken(path: Path, force: bool) -> None:
-    """Raise if something is there that may not be replaced: a file without `force`, a folder ever."""
+def refuse_taken(path: Path, overwrite: bool) -> None:
+    """Raise if something is there that may not be replaced: a file without `overwrite`, a folder ever."""
     if path.is_dir():
         raise DataError(f"cannot write {path}: it is a folder; choose another --out")
-    if path.exists() and not force:
-        raise DataError(f"{path} exists: choose another --out, or pass --force to replace it")
+    if path.exists() and not overwrite:
+        raise DataError(f"{path} exists: choose another --out, or pass --overwrite to replace it")
 
 
-def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]], *, force: bool = False) -> Path:
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]], *, overwrite: bool = False) -> Path:
     """Write JSONL through a temporary file in the same folder, so that an interrupted write leaves the old state.
 
     Raises:
-        DataError: the file exists and `force` is False, or the place cannot be written.
+        DataError: the file exists and `overwrite` is False, or the place cannot be written.
     """
     path = Path(path)
-    refuse_taken(path, force)
+    refuse_taken(path, overwrite)
     text = "".join(json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
