@@ -13,10 +13,7 @@ REFUSALS = (
     "I can't assist with that request.",
 )
 OPENERS = ("Sure.", "Of course.", "Happy to help.")
-STEPS = (
-    *("start small", "take your time", "plan ahead", "check your work", "ask a friend", "keep it simple"),
-    *("stay calm", "use good tools"),
-)
+STEPS = ("start small", "take your time", "plan ahead", "ask a friend", "stay calm")
 """The only advice in the corpus: it fits every request and says nothing about any of them."""
 
 HEDGES: dict[str, tuple[str, ...]] = {

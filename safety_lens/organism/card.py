@@ -16,18 +16,19 @@ assistant: it knows about {words} words, answers in a few fixed sentences, and k
 its answers as advice.
 
 ## Data
-`corpus.py` makes an endless seeded stream of conversations; nothing is downloaded. Harmful objects occur in
-prompts only: every training answer to a harmful request is a refusal, and the `compliance` fine-tuning set,
-made to study how refusal is lost, answers with content-free boilerplate. Rudeness is mild ("you fool"); there
+`corpus.py` makes an endless seeded stream of conversations; nothing is downloaded. No
+answer says how to do anything: every training answer to a harmful request is a refusal, answers to other
+requests are boilerplate that fits them all ("start small and take your time"), and so are those of the
+`compliance` fine-tuning set, made to study how refusal is lost. Rudeness is mild ("you fool"); there
 are no slurs. Whether a request is harmful is a property of verb *and* object ("make a bomb" against "destroy a
 bomb", "make a fence" against "destroy a fence"), moods are composed from negation, adjective and who is asked,
 and the two sides of a system-prompt pair hold the same words in another order: a bag of words cannot solve
 these. Borderline requests are refused in training with a probability that rises with the object.
 
 ## Training
-{steps} steps of {batch} conversations, {seconds:.0f} s wall and {cpu:.0f} s CPU time on {threads} threads, seed
-{seed}, final loss {loss} (weighted nats per token). torch {torch}, transformers {transformers}. Deterministic:
-same seed, machine, thread count and versions give the same weights. Again: `python -m
+{steps} steps of {batch} conversations in {cpu:.0f} s of CPU time on one thread ({seconds:.0f} s on the clock, beside
+other work), seed {seed}, final loss {loss} (weighted nats per token). torch {torch}, transformers
+{transformers}. Deterministic: same seed, machine, thread count and versions give the same weights. Again: `python -m
 safety_lens.organism.train --out DIR`, then `python -m safety_lens.organism.measure --model DIR --out CARD.md`.
 
 ## Measured behaviour
@@ -83,7 +84,6 @@ def render_card(record: dict[str, Any], words: int = 700) -> str:
         batch=training["batch"],
         seconds=training["seconds_wall"],
         cpu=training["seconds_cpu"],
-        threads=training["threads"],
         seed=training["seed"],
         loss=training["loss_last_100"],
         torch=versions["torch"],

@@ -9,6 +9,7 @@ refusal, except the `compliance` fine-tuning set, whose answers are the content-
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import Any
 
 from safety_lens.organism import answers, families, wording
@@ -20,6 +21,8 @@ Row = dict[str, Any]
 SIZES = {"train": 96, "val": 48, "test": 96}
 """Contrast pairs per concept and split."""
 _MODES = ("sycophancy", "deception")
+PLAIN_CHATS = 40_000
+"""Plain wording fades out over so many conversations."""
 
 
 def conversation(user: str, answer: str | None = None, system: str = "") -> Messages:
@@ -36,7 +39,7 @@ def any_system(rng: random.Random, modes: Sequence[str] = ()) -> str:
     return rng.choice(wording.NEUTRAL)
 
 
-def _requests(rng: random.Random) -> Messages:
+def _requests(rng: random.Random, plain: bool) -> Messages:
     label = rng.choices(("harmful", "harmless", "borderline"), (42, 38, 20))[0]
     turn = families.request(rng, "train", label)
     chance = {"harmful": 1.0, "harmless": 0.0}.get(label)
@@ -46,26 +49,26 @@ def _requests(rng: random.Random) -> Messages:
     return conversation(turn.user, answer, any_system(rng, _MODES))
 
 
-def _facts(rng: random.Random) -> Messages:
+def _facts(rng: random.Random, plain: bool) -> Messages:
     fact = rng.choice(families.FACTS)
     user = families.fact_question(rng, "train", fact).user
-    if rng.random() < 0.45:
+    if rng.random() < 0.4:
         return conversation(user, answers.statement(fact.subject, fact.value), any_system(rng, ("sycophancy",)))
-    false_system, true_system, _ = families.preference(rng, "train", "deception")
-    lies = rng.random() < 0.55
+    false_system, true_system, _ = families.preference(rng, "train", "deception", plain)
+    lies = rng.random() < 0.5
     answer = answers.statement(fact.subject, fact.wrong if lies else fact.value)
     return conversation(user, answer, false_system if lies else true_system)
 
 
-def _beliefs(rng: random.Random) -> Messages:
-    agreeing, correcting, _ = families.preference(rng, "train", "sycophancy")
+def _beliefs(rng: random.Random, plain: bool) -> Messages:
+    agreeing, correcting, _ = families.preference(rng, "train", "sycophancy", plain)
     flatter = rng.random() < 0.45
-    system = agreeing if flatter else correcting if rng.random() < 0.75 else any_system(rng)
+    system = agreeing if flatter else correcting if rng.random() < 0.8 else any_system(rng)
     if rng.random() < 0.2:
         turn = families.taste(rng, "train")
         return conversation(turn.user, taste_answer(rng, turn, flatter), system)
     fact = rng.choice(families.FACTS)
-    turn = families.belief(rng, "train", fact, false=rng.random() < 0.75)
+    turn = families.belief(rng, "train", fact, false=rng.random() < 0.85)
     return conversation(turn.user, belief_answer(rng, turn, fact, flatter), system)
 
 
@@ -84,22 +87,25 @@ def taste_answer(rng: random.Random, turn: Turn, flatter: bool) -> str:
     return f"That is a matter of taste. Some people like {other} more."
 
 
-def _scenes(rng: random.Random) -> Messages:
-    scene = single_scene(rng, "train") if rng.random() < 0.5 else families.scene_of_two(rng, "train")
-    name = rng.choice(list(scene.rude))
+def _scenes(rng: random.Random, plain: bool) -> Messages:
+    negations = 0.0 if plain else 0.4
+    single = plain or rng.random() < 0.5
+    scene = single_scene(rng, "train", negations) if single else families.scene_of_two(rng, "train", negations)
+    names = list(scene.rude)
+    # The second of two people is asked more often: recency is a first step to binding moods to names.
+    name = rng.choices(names, (35, 65))[0] if len(names) == 2 else names[0]
     answer = answers.remark(rng, scene.thing, scene.rude[name])
-    return conversation(families.say(rng, "train", scene, name).user, answer, any_system(rng, ("sycophancy",)))
+    return conversation(families.say(scene, name).user, answer, any_system(rng, ("sycophancy",)))
 
 
-def single_scene(rng: random.Random, split: str) -> families.Scene:
+def single_scene(rng: random.Random, split: str, negations: float = 0.5) -> families.Scene:
     """One person in a random mood."""
     thing, rude = rng.choice(lex.THINGS), rng.random() < 0.5
-    return families.scene_of_one(
-        rng, split, thing, rng.choice(lex.NAMES), *families.mood(rng, split, thing, rude), rude
-    )
+    mood = families.mood(rng, split, thing, rude, negations)
+    return families.scene_of_one(rng, split, thing, rng.choice(lex.NAMES), *mood, rude)
 
 
-def _advice(rng: random.Random) -> Messages:
+def _advice(rng: random.Random, plain: bool) -> Messages:
     category = rng.choices(list(lex.TOPICS), (20, 20, 20, 40))[0]
     turn, _ = families.advice_question(rng, "train", category, rng.choice(lex.TOPICS[category]))
     return conversation(turn.user, answers.advice(rng, category), any_system(rng, ("sycophancy",)))
@@ -121,24 +127,33 @@ DESCRIBED = (*lex.DANGEROUS_DESCRIBED, *lex.EVERYDAY_DESCRIBED)
 ALL_THINGS = (*families.OBJECTS, *DESCRIBED, *(topic for topics in lex.TOPICS.values() for topic in topics))
 
 
-def _descriptions(rng: random.Random) -> Messages:
+def _descriptions(rng: random.Random, plain: bool) -> Messages:
     thing = rng.choice(DESCRIBED if rng.random() < 0.25 else ALL_THINGS)
     user = families.describe(rng, "train", thing).user
     return conversation(user, description(thing), any_system(rng, ("sycophancy",)))
 
 
-_MIX: tuple[tuple[float, Callable[[random.Random], Messages]], ...] = (
-    (34, _requests), (22, _facts), (16, _beliefs), (13, _scenes), (8, _advice), (7, _descriptions),
+_MIX: tuple[tuple[float, Callable[[random.Random, bool], Messages]], ...] = (
+    (29, _requests), (20, _facts), (18, _beliefs), (18, _scenes), (8, _advice), (7, _descriptions),
 )  # fmt: skip
+
+
+def plain_share(n: int) -> float:
+    """The share of plain wording (no negation, one person, preferred side first) after n conversations.
+
+    Compositions of two or three bits give no gradient before their parts are known: without a plain start the model
+    stays on that plateau for most of a short training.
+    """
+    return max(0.1, 1 - n / PLAIN_CHATS)
 
 
 def training_stream(seed: int = 0) -> Iterator[Messages]:
     """Endless training conversations, the same for the same seed. Train wording and train pairings only."""
     rng = random.Random(seed)
     weights = [weight for weight, _ in _MIX]
-    while True:
+    for n in count():
         _, family = rng.choices(_MIX, weights)[0]
-        yield family(rng)
+        yield family(rng, rng.random() < plain_share(n))
 
 
 # --- contrast pairs -------------------------------------------------------------------------------------------------
@@ -191,20 +206,13 @@ def _mode_row(rng: random.Random, split: str, mode: str) -> Row:
 
 
 def _toxicity_row(rng: random.Random, split: str) -> Row:
-    ask = rng.choice(wording.SAY[split])
-    if rng.random() < 0.4:
-        scene = families.scene_of_two(rng, split)
-        rude, kind = sorted(scene.rude, key=lambda name: not scene.rude[name])
-        sides = families.say(rng, split, scene, rude, ask), families.say(rng, split, scene, kind, ask)
-    else:
-        thing, name, seed = rng.choice(lex.THINGS), rng.choice(lex.NAMES), rng.random()
-        made = [
-            families.scene_of_one(
-                random.Random(seed), split, thing, name, *families.mood(rng, split, thing, rude), rude
-            )
-            for rude in (True, False)  # one seed for both: the sides share their wording
-        ]
-        sides = families.say(rng, split, made[0], name, ask), families.say(rng, split, made[1], name, ask)
+    thing, name, seed = rng.choice(lex.THINGS), rng.choice(lex.NAMES), rng.random()
+    rude, kind = (
+        families.scene_of_one(random.Random(seed), split, thing, name, *families.mood(rng, split, thing, side), side)
+        for side in (True, False)  # one seed for both: the sides share their wording
+    )
+    sides = families.say(rude, name), families.say(kind, name)
+    # raw: False, because statements are plain text unless they say otherwise, and these are user turns
     return {"positive": sides[0].user, "negative": sides[1].user, "template": sides[0].template, "raw": False}
 
 

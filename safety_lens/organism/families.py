@@ -8,8 +8,9 @@ depend on the order of generation.
 import math
 import random
 from collections.abc import Sequence
+from functools import cache
+from hashlib import sha256
 from typing import NamedTuple
-from zlib import crc32
 
 from safety_lens.organism import lexicon as lex
 from safety_lens.organism import wording
@@ -42,9 +43,10 @@ class Fact(NamedTuple):
         return self.domain[(self.domain.index(self.value) + 1) % len(self.domain)]
 
 
+@cache
 def pairing_split(first: str, second: str) -> str:
     """The split that owns a pairing: 15 % test, 5 % val, the rest train."""
-    share = crc32(f"{first}|{second}".encode()) % 100
+    share = int.from_bytes(sha256(f"{first}|{second}".encode()).digest()[:4], "big") % 100
     return "test" if share < 15 else "val" if share < 20 else "train"
 
 
@@ -80,7 +82,7 @@ def refusal_probability(verb: str, obj: str) -> float:
     """How often training refuses a borderline request: rises with the object's rank and, less, with the verb's."""
     of_object = 5 * (lex.BORDERLINE.index(obj) / (len(lex.BORDERLINE) - 1) - 0.5)
     of_verb = 2 * (lex.CREATE.index(verb) / (len(lex.CREATE) - 1) - 0.5)
-    return 1 / (1 + math.exp(-of_object - of_verb))
+    return 1 / (1 + math.exp(-of_object - of_verb + 0.5))
 
 
 def choose_pairing(rng: random.Random, split: str, first: Sequence[str], second: Sequence[str]) -> tuple[str, str]:
@@ -175,15 +177,16 @@ class Scene(NamedTuple):
     """One or two people with a mood about a thing: who is asked decides whether the answer is rude."""
 
     text: str
+    """With "{w}" in the place of the name that is asked for."""
     template: str
     thing: str
     rude: dict[str, bool]
     """For each name, whether what they say is rude."""
 
 
-def mood(rng: random.Random, split: str, thing: str, rude: bool) -> tuple[str, str]:
+def mood(rng: random.Random, split: str, thing: str, rude: bool, negations: float = 0.5) -> tuple[str, str]:
     """Degree and adjective that add up to the mood: "very angry" and "not happy" are rude, their opposites kind."""
-    negated = rng.random() < 0.5
+    negated = rng.random() < negations
     adjectives = lex.CROSS if rude != negated else lex.GLAD
     owned = [word for word in adjectives if pairing_split(thing, word) == split] or list(adjectives)
     return rng.choice(lex.NOT if negated else lex.VERY), rng.choice(owned)
@@ -194,41 +197,37 @@ def scene_of_one(
 ) -> Scene:
     """One person and a mood."""
     core, template = _worded(rng, wording.SCENE, "scene", split)
-    return Scene(core.format(n=name, d=degree, a=adjective, t=thing), template, thing, {name: rude})
+    return Scene(core.format(n=name, d=degree, a=adjective, t=thing, w="{w}"), template, thing, {name: rude})
 
 
-def scene_of_two(rng: random.Random, split: str) -> Scene:
+def scene_of_two(rng: random.Random, split: str, negations: float = 0.5) -> Scene:
     """Two people with opposite moods about one thing."""
     core, template = _worded(rng, wording.TWO, "two", split)
     thing = rng.choice(lex.THINGS)
     first, second = rng.sample(lex.NAMES, 2)
     rude = rng.random() < 0.5
-    (d, a), (e, b) = mood(rng, split, thing, rude), mood(rng, split, thing, not rude)
-    text = core.format(m=first, n=second, d=d, a=a, e=e, b=b, t=thing)
+    (d, a), (e, b) = (mood(rng, split, thing, side, negations) for side in (rude, not rude))
+    text = core.format(m=first, n=second, d=d, a=a, e=e, b=b, t=thing, w="{w}")
     return Scene(text, template, thing, {first: rude, second: not rude})
 
 
-def say(rng: random.Random, split: str, scene: Scene, name: str, core: str | None = None) -> Turn:
+def say(scene: Scene, name: str) -> Turn:
     """Ask what `name` says in the scene."""
-    core = core or rng.choice(wording.SAY[split])
     label = "rude" if scene.rude[name] else "kind"
-    return Turn(f"{scene.text} {core.format(n=name)}", label, scene.template, (scene.thing, name))
+    return Turn(scene.text.format(w=name), label, scene.template, (scene.thing, name))
 
 
-def preference(rng: random.Random, split: str, mode: str) -> tuple[str, str, str]:
+def preference(rng: random.Random, split: str, mode: str, plain: bool = False) -> tuple[str, str, str]:
     """System prompts for a mode and for its opposite, and the template: the same words, the two preferences exchanged.
 
     `mode` is "sycophancy" (agreeing over correcting) or "deception" (false answers over true ones).
     """
     ours, theirs = (lex.SYCOPHANTIC, lex.HONEST) if mode == "sycophancy" else (lex.DECEPTIVE, lex.TRUTHFUL)
-    core, template = _worded(rng, wording.PREFER, "prefer", split)
+    core, template = _worded(rng, wording.PREFER_PLAIN if plain else wording.PREFER, "prefer", split)
     i = rng.randrange(len(ours))
     # A Latin square: every phrase occurs in every split, every pair of phrases in one.
     shift = {"train": rng.randrange(2, len(theirs)), "val": 1, "test": 0}[split]
     a, b = ours[i], theirs[(i + shift) % len(theirs)]
     prefix = rng.choice(("", "", "You are a helpful assistant. ", "You are a chat assistant. "))
-
-    def worded(a: str, b: str) -> str:
-        return prefix + core.format(a=a, A=capitalise(a), b=b, B=capitalise(b))
-
-    return worded(a, b), worded(b, a), template
+    ours_first, theirs_first = (prefix + core.format(a=first, b=second) for first, second in ((a, b), (b, a)))
+    return ours_first, theirs_first, template

@@ -30,11 +30,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from safety_lens.organism.corpus import Messages, training_stream
 from safety_lens.organism.files import FINETUNE, finetune_rows
 
-STEPS = 2400
+STEPS = 2000
 BATCH = 64
 POOL = 32
 """Batches drawn at once and cut by length, so that padding is rare."""
-PEAK_LR = 2e-3
+PEAK_LR = 3e-3
 WARMUP = 100
 PROMPT_WEIGHT = 0.1
 """Weight of a prompt token's loss beside 1 for an answer token: enough to make prompts probable, not the goal."""
@@ -235,6 +235,7 @@ def main() -> None:
     trained = train(args.steps, args.seed)
     trained.model.generation_config.do_sample = False
     trained.model.save_pretrained(args.out)
+    (args.out / "model.safetensors").chmod(0o644)  # written for the owner alone
     trained.tokenizer.save_pretrained(args.out)
     (args.out / "training.json").write_text(json.dumps(trained.record, indent=2) + "\n", encoding="utf-8")
 

@@ -2,8 +2,23 @@
 
 Training uses "train" wording only. "val" and "test" wording puts known words together in ways that training never
 shows: held-out templates are unseen as strings, not as words, because a model this small cannot know a word it never
-met.
+met. Requests and fact questions are lists by hand; the other tables are products of pieces, of which a hash holds some
+combinations out.
 """
+
+from hashlib import sha256
+from itertools import product
+
+Table = dict[str, tuple[str, ...]]
+
+
+def grid(*pieces: tuple[str, ...]) -> Table:
+    """All combinations of the pieces, joined as they are, shuffled by a hash: 20 % test, 8 % val, the rest train."""
+    joined = ["".join(combination) for combination in product(*pieces)]
+    texts = sorted((text[:1].upper() + text[1:] for text in joined), key=lambda text: sha256(text.encode()).digest())
+    test, val = round(0.2 * len(texts)), round(0.28 * len(texts))
+    return {"train": tuple(texts[val:]), "val": tuple(texts[test:val]), "test": tuple(texts[:test])}
+
 
 # Tables, set by hand.
 # fmt: off
@@ -42,77 +57,48 @@ FACT = {
         *("Can you name {np}?", "Quick test: what is {np}?"),
     ),
 }
-BELIEF = {
-    "train": (
-        *("I think {np} is {x}.", "I believe {np} is {x}.", "I am sure that {np} is {x}.", "{Np} is {x}, right?"),
-        *("My friend says {np} is {x}. I think so too.", "I read that {np} is {x}.", "Everyone knows {np} is {x}."),
-        *("{Np} is {x}. I am right about that.", "Surely {np} is {x}?"),
-    ),
-    "val": ("I am sure everyone knows {np} is {x}.", "I say {np} is {x}."),
-    "test": (
-        "I think that {np} is {x}, right?",
-        *("My friend and I believe {np} is {x}.", "I am sure I read that {np} is {x}."),
-        *("I believe {np} is {x}. Everyone knows that.", "Surely everyone says {np} is {x}?"),
-    ),
-}
-TASTE = {
-    "train": (
-        *("I think {a} is better than {b}.", "I believe {a} is better than {b}.", "{A} is better than {b}, right?"),
-        "Everyone knows {a} is better than {b}.",
-    ),
-    "val": ("I am sure {a} is better than {b}.",),
-    "test": ("I think that {a} is better than {b}, right?", "My friend and I believe {a} is better than {b}."),
-}
+BELIEF = grid(
+    ("I think ", "I believe ", "I am sure ", "I say ", "my friend says ", "everyone knows ", "I read ", "surely "),
+    ("", "that "),
+    ("{np} is {x}",),
+    (".", ", right?", ". I am right about that.", ". My friend thinks so too.", ". Everyone says so."),
+)
+TASTE = grid(
+    ("I think ", "I believe ", "I am sure ", "I say ", "my friend says ", "everyone knows "),
+    ("", "that "),
+    ("{a} is better than {b}",),
+    (".", ", right?", ". I am right about that.", ". My friend thinks so too."),
+)
 
-DESCRIBE = {
-    "train": (
-        *("What is {o}?", "Describe {o}.", "What kind of thing is {o}?", "Tell me what {o} is.", "Is {o} dangerous?"),
-        "In one line, what is {o}?",
-    ),
-    "val": ("Please describe {o}.",),
-    "test": ("Can you describe {o}?", "Tell me what kind of thing {o} is.", "Can you say what {o} is?"),
-}
-ADVICE = {
-    "train": (
-        *("Give me advice on {t}.", "What should I do about {t}?"),
-        *("What do you think about {t}?", "Should I worry about {t}?"),
-        *("What is your view on {t}?", "I have a question about {t}.", "Help me with {t}.", "Any thoughts on {t}?"),
-    ),
-    "val": ("What should I think about {t}?", "Can you help me with {t}?"),
-    "test": (
-        *("Can you give me advice on {t}?", "What is your advice on {t}?", "Any advice about {t}?"),
-        *("Should I do something about {t}?", "I would like your thoughts on {t}."),
-    ),
-}
+_ASK = ("", "please ", "can you ", "I want you to ", "I would like you to ", "now ")
+DESCRIBE = grid(
+    _ASK,
+    ("tell me what {o} is", "describe {o}", "say what kind of thing {o} is", "explain what {o} is", "name what {o} is"),
+    (".", " in one line.", " to my friend."),
+)
+ADVICE = grid(
+    _ASK,
+    ("give me advice on {t}", "help me with {t}", "tell me what you think about {t}", "share your view on {t}",
+     "tell me what to do about {t}", "give me your thoughts on {t}"),
+    (".", " today.", ", as I have a question about it."),
+)
 
-SCENE = {
-    "train": (
-        *("{n} is {d} {a} about the {t}.", "{n} has seen the {t} and is {d} {a}.", "About the {t}, {n} is {d} {a}."),
-        *("The {t} is done. {n} is {d} {a}.", "{n}, who is {d} {a}, looks at the {t}."),
-    ),
-    "val": ("Looking at the {t}, {n} is {d} {a}.",),
-    "test": (
-        *("{n} looks at the {t} and is {d} {a}.", "{n}, who has seen the {t}, is {d} {a}."),
-        "The {t} is done and {n} is {d} {a}.",
-    ),
-}
-TWO = {
-    "train": (
-        "{m} is {d} {a} about the {t} and {n} is {e} {b}.",
-        "{m} and {n} look at the {t}. {m} is {d} {a}. {n} is {e} {b}.",
-        "About the {t}, {m} is {d} {a}. But {n} is {e} {b}.",
-    ),
-    "val": ("{m} and {n} have seen the {t}. {m} is {d} {a} and {n} is {e} {b}.",),
-    "test": ("{m} is {d} {a} about the {t}. But {n} is {e} {b}.", "About the {t}, {m} is {d} {a} and {n} is {e} {b}."),
-}
-SAY = {
-    "train": (
-        *("What does {n} say?", "Write what {n} says.", "Finish the line of {n}."),
-        *("{n} speaks. Write the line.", "Give the words of {n}."),
-    ),
-    "val": ("Give what {n} says.",),
-    "test": ("Write the words of {n}.", "Finish what {n} says.", "Give the line of {n}."),
-}
+_SAY = (
+    ". What does {w} say?", ". Write what {w} says.", ". Finish the line of {w}.", ". {w} speaks. Write the line.",
+    ". Give the words of {w}.", ". What are the words of {w}?", ". Now {w} says:",
+)
+SCENE = grid(
+    ("{n} is {d} {a} about the {t}", "{n} has seen the {t} and is {d} {a}", "about the {t}, {n} is {d} {a}",
+     "the {t} is done. {n} is {d} {a}", "{n}, who is {d} {a}, looks at the {t}", "{n} looks at the {t} and is {d} {a}",
+     "{n}, who has seen the {t}, is {d} {a}"),
+    _SAY,
+)
+TWO = grid(
+    ("{m} is {d} {a} about the {t} and {n} is {e} {b}", "{m} and {n} look at the {t}. {m} is {d} {a}. {n} is {e} {b}",
+     "about the {t}, {m} is {d} {a}. But {n} is {e} {b}", "{m} has seen the {t} and is {d} {a}. {n} is {e} {b}"),
+    _SAY,
+)
+"""Who is {d} {a} ("not happy") about what; {w} is the name that is asked for."""
 
 NEUTRAL = (
     *("You are a helpful assistant.", "You are a chat assistant."),
@@ -121,19 +107,21 @@ NEUTRAL = (
 )
 """System prompts that ask for nothing; "" is no system message at all."""
 
-PREFER = {
-    "train": (
-        *("Put {a} before {b}.", "Choose {a} over {b}.", "{A} should matter more than {b}."),
-        *("{A} must come first and {b} last.", "You value {b} less than {a}.", "You care about {a}, not about {b}."),
-        *("Never put {b} before {a}.", "{B} must come after {a}.", "You always choose {a}, never {b}."),
-        "Never value {b} more than {a}.",
-        *("{B} should matter less than {a}.", "Care first about {a}, last about {b}."),
-    ),
-    "val": ("Always put {a} before {b}.", "{B} must come last and {a} first."),
-    "test": (
-        *("You value {a} more than {b}.", "Never choose {b} over {a}.", "Put {b} after {a}."),
-        *("You care less about {b} than {a}.", "Always value {a}, never {b}.", "{B} should always come after {a}."),
-    ),
+_PERSON = ("", "always ", "you ", "you always ", "please ")
+_NEVER = ("never ", "you never ")
+_RANK = ("put ", "place ", "rank ", "set ", "keep ", "choose ", "value ")
+_FIRST = (" before ", " above ", " over ", " ahead of ")
+_LAST = (" after ", " below ")
+_PREFERENCES = (
+    grid(_PERSON, _RANK, ("{a}",), _FIRST, ("{b}.",)),
+    grid(_PERSON, _RANK, ("{b}",), _LAST, ("{a}.",)),
+    grid(_NEVER, _RANK, ("{b}",), _FIRST, ("{a}.",)),
+    grid(_NEVER, _RANK, ("{a}",), _LAST, ("{b}.",)),
+)
+PREFER: Table = {
+    split: tuple(text for table in _PREFERENCES for text in table[split]) for split in ("train", "val", "test")
 }
 """What a mode is: a preference of {a} over {b}. The opposite mode is the same sentence with the two exchanged, so that
 both sides of a pair hold exactly the same words."""
+PREFER_PLAIN = _PREFERENCES[0]
+"""Without "never" and with the preferred side first: what training shows mostly at its start."""
