@@ -32,7 +32,7 @@ _HOMES = {
     "models": ("hooks_at", "load_hf", "load_model"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605  the table above is the one list
+__all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:

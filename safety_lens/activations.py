@@ -1,12 +1,13 @@
 """The one forward engine: activations at named hooks and chosen tokens, in as few token-forwards as possible.
 
-Prompts are grouped by shared prefix (its keys and values are computed once), batched by length, left-padded with an
-explicit mask, run only up to the last wanted block and never through the unembedding. Hooks gather the wanted tokens
-on the device, so memory grows with rows read, not with tokens run.
+Prompts are grouped by shared prefix (its keys and values are computed once), batched by length, padded behind with an
+explicit mask, run only up to the last wanted block (that one only for tokens that are read), never through the
+unembedding. Hooks gather the wanted tokens on the device, so memory grows with rows read, not with tokens run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-from safety_lens.batching import length_batches, prefix_groups
+from safety_lens.batching import check_batch_size, length_batches, prefix_groups
 from safety_lens.data import Encoded, encode
 from safety_lens.errors import DataError, ModelError
+from safety_lens.kv import Span, can_run_span, expanded, right_padded, span_input
 from safety_lens.models import check_hooks
 from safety_lens.positions import Positions, last_token
 from safety_lens.types import FwdHook, Prompt
@@ -99,12 +101,7 @@ def encode_for(
     if len(texts) != len(prompts):
         raise DataError("prompts are partly encoded and partly text; pass one kind")
     return encode(
-        texts,
-        model.tokenizer,
-        raw=raw,
-        max_length=model.cfg.n_ctx,
-        truncate=truncate,
-        template_kwargs=template_kwargs,
+        texts, model.tokenizer, raw=raw, max_length=model.cfg.n_ctx, truncate=truncate, template_kwargs=template_kwargs
     )
 
 
@@ -129,8 +126,8 @@ def capture(
         hooks: TransformerLens hook names (see `hooks_at`), each with a token axis: [batch, pos, ...].
         positions: which tokens to read; `last_token`, `mean_last(k)`, `all_tokens`, ...
         batch_size: rows per forward, or "auto" (by padded tokens; halved when a GPU runs out of memory).
-        edits: other forward hooks that are active while reading, run before the reading ones. They switch prefix reuse
-            off, since an edit may treat tokens of a prefix differently in every row.
+        edits: other forward hooks that are active while reading, run before the reading ones. They, and hooks that the
+            model already has, switch prefix reuse off: an edit may treat a prefix differently in every row.
         reuse_prefix: run a prefix that prompts share once.
         on_batch: called with the number of prompts finished, for a progress bar.
 
@@ -142,17 +139,16 @@ def capture(
         HookNameError: a hook the model does not have.
         ModelError: a hook without a token axis (attention patterns and scores).
     """
-    check_hooks(model, hooks)
+    check_hooks(model, [*hooks, *(name for name, _ in edits)])
     if not prompts:
         raise DataError("there are no prompts to read")
     if not hooks:
         raise DataError("there are no hooks to read")
+    check_batch_size(batch_size)
     encoded = encode_for(model, prompts, raw=raw, truncate=truncate, template_kwargs=template_kwargs)
-    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
-        raise DataError(f"batch_size must be 'auto' or a positive number, got {batch_size!r}")
     run = _Run(model, encoded, tuple(dict.fromkeys(hooks)), positions, batch_size, edits)
     with torch.no_grad():
-        for prefix, rows in prefix_groups([e.ids for e in encoded], run.limits(reuse_prefix and not edits)):
+        for prefix, rows in prefix_groups([e.ids for e in encoded], run.limits(reuse_prefix)):
             cache = run.prefix_cache(encoded[rows[0]].ids[:prefix]) if prefix else None
             for batch in run.batches(rows, prefix):
                 run.forward(batch, prefix, cache)
@@ -175,7 +171,12 @@ class _Run:
     ) -> None:
         self.model, self.encoded, self.hooks, self.mean, self.edits = model, encoded, hooks, positions.mean, edits
         self.batch_size = batch_size
-        self.stop = stop_layer([*hooks, *(name for name, _ in edits)])
+        active = [*hooks, *(name for name, _ in edits)]
+        # an edit may treat each row's prefix differently; hook_rot_k sees cached keys beside those of the batch
+        edited = bool(edits) or any(point.fwd_hooks for point in model.hook_dict.values())
+        self.can_cache = not edited and not any(name.endswith("hook_rot_k") for name in hooks)
+        self.stop = stop_layer(active)
+        self.returns = "logits" if any(name.startswith("unembed.") for name in active) else None
         picks = [tuple(positions.pick(e)) for e in encoded]
         sizes = [1 if self.mean else len(p) for p in picks]
         starts = accumulate([0, *sizes[:-1]])
@@ -188,7 +189,11 @@ class _Run:
 
     def limits(self, reuse: bool) -> list[int]:
         """Leading tokens of each prompt that need not be run with its batch: those before the first one read."""
-        return [min(want.tokens[0], len(e.ids) - 1) if reuse else 0 for want, e in zip(self.wants, self.encoded, strict=True)]
+        reuse = reuse and self.can_cache and self.stop != 0  # without blocks there are no keys and values to keep
+        return [
+            min(want.tokens[0], len(e.ids) - 1) if reuse else 0
+            for want, e in zip(self.wants, self.encoded, strict=True)
+        ]
 
     def batches(self, rows: list[int], prefix: int) -> Iterator[list[int]]:
         rows_cap = self.batch_size if isinstance(self.batch_size, int) else None
@@ -199,14 +204,10 @@ class _Run:
     def prefix_cache(self, ids: Sequence[int]) -> TransformerLensKeyValueCache:
         cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.device, 1)
         tokens = torch.tensor([list(ids)], device=self.device)
-        self.model(tokens, attention_mask=torch.ones_like(tokens), past_kv_cache=cache, stop_at_layer=self.stop_or_all)
+        stop = self.model.cfg.n_layers if self.stop is None else self.stop  # a prefix never needs logits
+        self.model(tokens, attention_mask=torch.ones_like(tokens), past_kv_cache=cache, stop_at_layer=stop)
         self.token_forwards += len(ids)
         return cache
-
-    @property
-    def stop_or_all(self) -> int:
-        """A prefix never needs logits: stop after the last block even where a hook lies behind it."""
-        return self.model.cfg.n_layers if self.stop is None else self.stop
 
     def forward(self, batch: list[int], prefix: int, cache: TransformerLensKeyValueCache | None) -> None:
         try:
@@ -221,27 +222,53 @@ class _Run:
             self.forward(batch[half:], prefix, cache)
 
     def _forward(self, batch: list[int], prefix: int, cache: TransformerLensKeyValueCache | None) -> None:
-        suffixes = [self.encoded[i].ids[prefix:] for i in batch]
-        width = max(map(len, suffixes))
-        tokens, mask = left_padded(suffixes, self.device)
-        fwd_hooks = [*self.edits, *((name, self._reader(name, batch, width, prefix)) for name in self.hooks)]
-        past = _expanded(self.model, cache, len(batch), self.device) if cache is not None else None
-        with self.model.hooks(fwd_hooks=fwd_hooks):
-            self.model(tokens, attention_mask=mask, past_kv_cache=past, stop_at_layer=self.stop, return_type=None)
+        tokens, mask = right_padded([self.encoded[i].ids[prefix:] for i in batch], self.device)
         self.token_forwards += tokens.numel()
+        past = expanded(self.model, cache, len(batch)) if cache is not None else None
+        run = partial(self.model, return_type=self.returns)
+        begins, span = [prefix] * len(batch), self._span(batch, prefix, tokens.shape[1])
+        if self.stop is None or span is None:
+            readers = self._readers(self.hooks, batch, begins, tokens.shape[1])
+            with self.model.hooks(fwd_hooks=[*self.edits, *readers]):
+                run(tokens, attention_mask=mask, past_kv_cache=past, stop_at_layer=self.stop)
+            return
+        last = self.stop - 1
+        late = [name for name in self.hooks if name.startswith(f"blocks.{last}.")]
+        early = [name for name in self.hooks if name not in late]
+        with self.model.hooks(fwd_hooks=self._readers(early, batch, begins, tokens.shape[1])):
+            resid = run(tokens, attention_mask=mask, past_kv_cache=past, stop_at_layer=last)
+        resid, mask, past = span_input(self.model, last, resid, mask, past, span)
+        begins = [prefix + first for first in span.first]
+        with self.model.hooks(fwd_hooks=self._readers(late, batch, begins, span.length)):
+            run(resid, attention_mask=mask, past_kv_cache=past, start_at_layer=last, stop_at_layer=self.stop)
 
-    def _reader(self, name: str, batch: list[int], width: int, prefix: int) -> Callable[..., None]:
-        """A hook function that copies the wanted tokens of one batch into the output rows, and changes nothing."""
+    def _span(self, batch: list[int], prefix: int, width: int) -> Span | None:
+        """The columns that the last block must run for, where that is less than all of them."""
+        if not self.stop or not self.can_cache:
+            return None
+        wants = [self.wants[i].tokens for i in batch]
+        span = Span([tokens[0] - prefix for tokens in wants], max(tokens[-1] - tokens[0] + 1 for tokens in wants))
+        return span if can_run_span(self.model, self.stop - 1, span, width, prefix) else None
+
+    def _readers(self, names: Sequence[str], batch: list[int], begins: list[int], width: int) -> list[FwdHook]:
+        return [(name, self._reader(name, batch, begins, width)) for name in names]
+
+    def _reader(self, name: str, batch: list[int], begins: list[int], width: int) -> Callable[..., None]:
+        """A hook function that copies the wanted tokens of one batch into the output rows, and changes nothing.
+
+        begins: the token of each prompt that the first of the `width` columns holds.
+        """
+        across = name.endswith(("hook_attn_scores", "hook_pattern"))  # heads stand where tokens should
         source, column, row = [], [], []
         for b, i in enumerate(batch):
-            want, pad = self.wants[i], width - (len(self.encoded[i].ids) - prefix)
+            want = self.wants[i]
             for k, token in enumerate(want.tokens):
                 source.append(b)
-                column.append(pad + token - prefix)
+                column.append(token - begins[b])
                 row.append(want.first_row + (0 if self.mean else k))
 
         def read(act: Tensor, hook: object) -> None:
-            if act.ndim < 3 or act.shape[:2] != (len(batch), width):
+            if across or act.ndim < 3 or act.shape[:2] != (len(batch), width):
                 raise ModelError(f"{name} has shape {tuple(act.shape)}: only hooks with [batch, pos, ...] can be read")
             wide = torch.float64 if act.dtype == torch.float64 else torch.float32
             taken = act.detach()[source, column].flatten(1).to(wide)
@@ -259,32 +286,12 @@ class _Run:
         return read
 
     def result(self) -> Captured:
-        prompt, pos = [], []
+        if silent := [name for name in self.hooks if name not in self.out]:
+            raise ModelError(f"hook {silent[0]!r} did not fire in a forward pass of this model, so it cannot be read")
+        prompt: list[int] = []
+        pos: list[int] = []
         for i, want in enumerate(self.wants):
             tokens = want.tokens[-1:] if self.mean else want.tokens
             prompt += [i] * len(tokens)
             pos += tokens
         return Captured(self.out, torch.tensor(prompt), torch.tensor(pos), tuple(self.encoded), self.token_forwards)
-
-
-def left_padded(
-    ids: Sequence[Sequence[int]], device: torch.device | str
-) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
-    """Token ids padded on the left with 0, and their mask (1 = real). The mask alone decides: the pad id is never read."""
-    width = max(map(len, ids))
-    tokens = torch.tensor([[0] * (width - len(s)) + list(s) for s in ids], device=device)
-    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in ids], device=device)
-    return tokens, mask
-
-
-def _expanded(
-    model: HookedTransformer, cache: TransformerLensKeyValueCache, n: int, device: torch.device
-) -> TransformerLensKeyValueCache:
-    """The prefix cache seen by n rows, without copying it, frozen so that rows do not append to it."""
-    out = TransformerLensKeyValueCache.init_cache(model.cfg, device, n)
-    for mine, theirs in zip(out.entries, cache.entries, strict=True):
-        mine.past_keys = theirs.past_keys.expand(n, -1, -1, -1)
-        mine.past_values = theirs.past_values.expand(n, -1, -1, -1)
-    out.previous_attention_mask = cache.previous_attention_mask.expand(n, -1)
-    out.freeze()
-    return out

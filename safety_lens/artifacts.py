@@ -167,7 +167,9 @@ def _write_content(
     from safetensors.torch import save_file
 
     if tensors:
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / f"{kind}.safetensors")
+        save_file(
+            {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, folder / f"{kind}.safetensors"
+        )
     write_measurements(folder / MEASUREMENTS, measurements)
     manifest["files"] = {f.name: sha256_of(f) for f in sorted(folder.iterdir())}
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
@@ -245,8 +247,8 @@ def _check_model(path: Path, manifest: dict[str, Any], model: "HookedTransformer
         raise ModelMismatchError(f"{path} does not say which model it was made with")
     if theirs["d_model"] != ours["d_model"] or theirs["n_layers"] != ours["n_layers"]:
         raise ModelMismatchError(
-            f"{path} was made with {theirs['name']} (d_model {theirs['d_model']}, {theirs['n_layers']} layers); this model"
-            f" is {ours['name']} (d_model {ours['d_model']}, {ours['n_layers']} layers)"
+            f"{path} was made with {theirs['name']} (d_model {theirs['d_model']}, {theirs['n_layers']} layers); this"
+            f" model is {ours['name']} (d_model {ours['d_model']}, {ours['n_layers']} layers)"
         )
     if theirs["weights_sha256"] != ours["weights_sha256"]:
         raise ModelMismatchError(

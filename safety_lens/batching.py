@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from safety_lens.errors import DataError
+
 GROUP_OVERHEAD = 64  # tokens of work that one more small forward costs; splitting must save more than that
-MAX_DEPTH = 16  # prefixes inside prefixes: system prompt, template, few-shot examples; deeper chains are not worth a search
+MAX_DEPTH = (
+    16  # prefixes inside prefixes: system prompt, template, few-shot examples; deeper chains are not worth a search
+)
 
 
 class PrefixGroup(NamedTuple):
@@ -39,20 +43,36 @@ def _split(
     shared = _common(ids[rows[0]], ids[rows[-1]], allowed)
     prefix = shared if len(rows) > 1 else 0
     cost = GROUP_OVERHEAD * (1 + (prefix > 0)) + prefix + sum(len(ids[i]) - prefix for i in rows)
-    if len(rows) < 2 or shared == allowed or depth == MAX_DEPTH:
+    done = [
+        i for i in rows if limits[i] == shared
+    ]  # these can skip no more; one short prompt must not hold up the rest
+    if len(rows) < 2 or len(done) == len(rows) or depth == MAX_DEPTH:
         return cost, [PrefixGroup(prefix, rows)]
     parts: list[list[int]] = []
     for i in rows:  # sorted, so equal next tokens are neighbours
+        if limits[i] == shared:
+            continue
         if parts and ids[i][shared] == ids[parts[-1][0]][shared]:
             parts[-1].append(i)
         else:
             parts.append([i])
+    parts += [done] if done else []
     if len(parts) * GROUP_OVERHEAD >= cost:
         return cost, [PrefixGroup(prefix, rows)]
     split = [_split(ids, limits, part, depth + 1) for part in parts]
     if sum(c for c, _ in split) < cost:
         return sum(c for c, _ in split), [group for _, groups in split for group in groups]
     return cost, [PrefixGroup(prefix, rows)]
+
+
+def check_batch_size(batch_size: int | str) -> None:
+    """Refuse what is neither "auto" nor a number of rows.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+        raise DataError(f"batch_size must be 'auto' or a positive number, got {batch_size!r}")
 
 
 def length_batches(
@@ -70,7 +90,9 @@ def length_batches(
         rows = max(1, budget // max(longest, 1))
         if max_rows is not None:
             rows = min(rows, max_rows)
-        choices = [(best[start] + overhead + (end - start) * longest, start) for start in range(max(0, end - rows), end)]
+        choices = [
+            (best[start] + overhead + (end - start) * longest, start) for start in range(max(0, end - rows), end)
+        ]
         best[end], cut[end] = min(choices)
     batches, end = [], n
     while end:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from transformer_lens import HookedTransformer
 
-from safety_lens.activations import capture, encode_for, left_padded
+from safety_lens.activations import capture, encode_for
 from safety_lens.data import Encoded, has_template
 from safety_lens.generation import generate
+from safety_lens.kv import left_padded
 from safety_lens.log import Measurement
 from safety_lens.models import hooks_at
 from safety_lens.positions import all_tokens
@@ -45,7 +46,9 @@ class Finding:
     detail: str
 
     def to_measurement(self) -> Measurement:
-        return Measurement("doctor", self.name, self.gap, high=self.tolerance, note=f"{'ok' if self.ok else 'FAILED'}: {self.detail}")
+        return Measurement(
+            "doctor", self.name, self.gap, high=self.tolerance, note=f"{'ok' if self.ok else 'FAILED'}: {self.detail}"
+        )
 
 
 def _gap(a: torch.Tensor, b: torch.Tensor) -> Gap:

@@ -2,13 +2,14 @@
 
 SafetyLensError
 ├── DataError(ValueError)         a bad pair, an empty split, too few samples for the statistic asked
-├── ModelError(ValueError)        a model, adapter or tokenizer that cannot be represented or cannot do what was asked
+├── ModelError(ValueError)        a model, adapter or tokenizer that cannot be represented, or cannot do this
 ├── HookNameError(KeyError)       names the nearest existing hook and the model's layer count
 ├── ArtifactError(ValueError)     missing file, wrong kind, unknown schema, damaged content
 │   └── ModelMismatchError        a direction from another model or of another width
 └── WeightSyncError(RuntimeError) fold or load parity above tolerance; prints gap and tolerance
 
-A message says what was asked, what was found and what to do. The command line prints it without a traceback and exits 2.
+A message says what was asked, what was found and what to do. The command line prints it, without a traceback,
+and exits 2.
 """
 
 

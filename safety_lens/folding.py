@@ -8,36 +8,27 @@ merge_adapter / unmerge_adapter on a live bf16 model changes a fifth of the adap
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
-from torch import Tensor, nn
+from torch import nn
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel
 
 from safety_lens.errors import ModelError
-from safety_lens.hooked import attach, main_device, main_dtype
-from safety_lens.refusals import is_quantised, refuse_unreadable
-
-
-@dataclass(frozen=True, eq=False)
-class _Slot:
-    """A live layer and the plain layer that owns its effective weight."""
-
-    name: str
-    live: Any
-    plain: Any
+from safety_lens.loading.hooked import attach, check_parity, main_device, main_dtype
+from safety_lens.loading.merging import Slot, base_layer, dequantised, fold_slot
+from safety_lens.loading.refusals import is_quantised, refuse_unreadable
 
 
 class Shadow:
     """An aliasing copy of a model's module tree with adapters folded in; `refresh` recomputes the folded weights.
 
-    adapters: which adapters to fold instead of the active ones.
+    adapters: which adapters to fold instead of the active ones. dtype: of dequantised weights; None is the dtype of
+    most other weights (float32 after peft's prepare_model_for_kbit_training).
 
     Raises:
         ModelError: an adapter that has no merged weight (prompt learning, routed or activated adapters).
@@ -45,12 +36,14 @@ class Shadow:
 
     model: PreTrainedModel
 
-    def __init__(self, trained: nn.Module, adapters: Sequence[str] | None = None) -> None:
-        refuse_prompt_learning(trained)
+    def __init__(
+        self, trained: nn.Module, adapters: Sequence[str] | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        refuse_unfoldable(trained)
         self.adapters = adapters
-        self.slots: list[_Slot] = []
+        self.slots: list[Slot] = []
         base = base_model(trained)
-        self._dtype = main_dtype(base)  # of what quantised layers become
+        self._dtype = dtype or main_dtype(base)
         # aliases of every parameter; buffers (rotary state) are copied, for a forward pass writes to them
         memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in base.parameters()}
         seen: set[int] = set()
@@ -69,9 +62,9 @@ class Shadow:
     def _plain(self, name: str, module: Any, memo: dict[int, object]) -> Any:
         if isinstance(module, ModulesToSaveWrapper):
             return copy.deepcopy(_saved_module(module), memo)
-        base: Any = module.original_module if isinstance(module, TrainableTokensWrapper) else _base_layer(module)
+        base: Any = module.original_module if isinstance(module, TrainableTokensWrapper) else base_layer(module)
         dtype = self._dtype if is_quantised(base) else base.weight.dtype
-        shape = _dequantised(base).shape
+        shape = dequantised(base).shape
         own = nn.Parameter(torch.empty(shape, dtype=dtype, device=base.weight.device), requires_grad=False)
         if is_quantised(base):
             plain = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
@@ -80,7 +73,7 @@ class Shadow:
                 plain.bias = nn.Parameter(base.bias.detach(), requires_grad=False)
         else:
             plain = copy.deepcopy(base, {**memo, id(base.weight): own})
-        self.slots.append(_Slot(name, module, plain))
+        self.slots.append(Slot(name, module, plain))
         return plain
 
     @torch.no_grad()
@@ -88,7 +81,7 @@ class Shadow:
         """Recompute every owned weight from the live model, in place."""
         for slot in self.slots:
             names = self.adapters if self.adapters is not None else _active(slot.live)
-            _fold_slot(slot, list(names))
+            fold_slot(slot, list(names))
 
     @property
     def owned_bytes(self) -> int:
@@ -101,10 +94,12 @@ class LoraFolder:
 
     Works for any adapter that peft can merge, for several active adapters, and for full fine-tuning (nothing to do
     there unless storage moved). `trained` stays bit-identical: weights, gradients, modes, hooks and RNG. `model`
-    takes the dtype and device of `trained`, and its weights become views wherever they can be.
+    moves to the device of `trained` and its weights become views; if it was loaded in another dtype it keeps that and
+    its own copies.
 
     Raises:
         ModelError: `model` was not made by load_model, or `trained` is of another architecture or cannot be read.
+        WeightSyncError: an adapter whose merged weight does not reproduce its live effect.
     """
 
     _built_from: tuple[object, ...]
@@ -121,7 +116,10 @@ class LoraFolder:
                 "make the hooked model with load_model(trained)"
             )
         refuse_unreadable(self.trained)
+        self._dtype = None if model.cfg.dtype == main_dtype(base) else model.cfg.dtype
         self._rebuild()
+        if not has_quantised(self.trained):  # running those in eval mode can repack their weights
+            check_parity(model, self.trained)
 
     def fold(self) -> None:
         """Hooked weights := the trained model's effective weights now. Never touches the trained model.
@@ -140,13 +138,10 @@ class LoraFolder:
             self._built_from = self._fingerprint()
 
     def _rebuild(self) -> None:
-        self._shadow = Shadow(self.trained) if has_adapters(self.trained) else None
+        self._shadow = Shadow(self.trained, dtype=self._dtype) if has_adapters(self.trained) else None
         self._source = base_model(self.trained) if self._shadow is None else self._shadow.model
-        cfg = self.model.cfg
-        if torch.device(cfg.device) != main_device(self._source):
-            cfg.device = str(main_device(self._source))
-        if cfg.dtype != main_dtype(self._source):
-            cfg.dtype = main_dtype(self._source)
+        self.model.cfg.device = str(main_device(self._source))
+        self.model.cfg.dtype = self._dtype or main_dtype(self._source)
         self._views = attach(self.model, self._source)
         self._built_from = self._fingerprint()
 
@@ -190,16 +185,16 @@ def has_quantised(model: nn.Module) -> bool:
     return any(is_quantised(module) for module in model.modules())
 
 
-def refuse_prompt_learning(model: nn.Module) -> None:
-    """Refuse adapters that act through virtual tokens.
+def refuse_unfoldable(model: nn.Module) -> None:
+    """Refuse adapters that change the forward pass rather than weights.
 
     Raises:
-        ModelError: prompt, prefix or p-tuning.
+        ModelError: prompt, prefix or p-tuning, adaption prompts, X-LoRA's routing; named by adapter.
     """
     for name, config in (model.peft_config if isinstance(model, PeftModel) else {}).items():
-        if getattr(config, "is_prompt_learning", False):
-            kind = getattr(config.peft_type, "value", config.peft_type)
-            raise ModelError(f"adapter {name!r} is {kind}: it adds virtual tokens and has no weights to fold")
+        kind = getattr(config.peft_type, "value", str(config.peft_type))
+        if config.is_prompt_learning or config.is_adaption_prompt or kind == "XLORA":
+            raise ModelError(f"adapter {name!r} is {kind}: it acts on the forward pass and has no weights to fold")
 
 
 def _stands_for_another(module: Any) -> bool:
@@ -213,109 +208,6 @@ def _saved_module(wrapper: ModulesToSaveWrapper) -> nn.Module:
     return cast(nn.Module, wrapper.modules_to_save[active[0]])
 
 
-def _base_layer(module: Any) -> nn.Module:
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if not isinstance(getattr(base, "weight", None), Tensor):
-        raise ModelError(f"an adapter on a {type(base).__name__} cannot be folded: that layer has no single weight")
-    return cast(nn.Module, base)
-
-
 def _active(live: Any) -> Sequence[str]:
     adapted = isinstance(live, BaseTunerLayer | AuxiliaryTrainingWrapper)
     return cast(Sequence[str], live.active_adapters) if adapted else ()
-
-
-def _dequantised(layer: Any) -> Tensor:
-    """A layer's weight as floating numbers, without the side effects that bitsandbytes' modules have."""
-    weight = layer.weight
-    if not is_quantised(layer):
-        return cast(Tensor, weight.detach())
-    if type(weight).__name__ == "Int8Params":
-        scale = weight.SCB if weight.SCB is not None else layer.state.SCB
-        return cast(Tensor, weight.detach().float() * (scale.float()[:, None] / 127))
-    from bitsandbytes.functional import dequantize_4bit
-
-    if getattr(weight.quant_state, "packing_format_for_cpu", False):
-        raise ModelError(
-            "bitsandbytes repacked this 4-bit model's weights when it ran in eval mode on the CPU, and cannot read them "
-            "back: call load_model before the first forward, or load the model again"
-        )
-    return cast(Tensor, dequantize_4bit(weight.data, weight.quant_state)).detach()
-
-
-# --- folding one layer ----------------------------------------------------------------------------------------------
-
-
-def _fold_slot(slot: _Slot, names: list[str]) -> None:
-    live, own = slot.live, slot.plain.weight
-    if isinstance(live, TrainableTokensWrapper):
-        tokens = live.token_adapter
-        own.copy_(live.original_module.weight if live.disable_adapters else tokens.get_merged_weights(names))
-        return
-    if not isinstance(live, BaseTunerLayer) or (live.disable_adapters and not live.merged):
-        own.copy_(_dequantised(_base_layer(live)))
-    elif live.merged and not live.disable_adapters:
-        own.copy_(live.get_base_layer().weight)  # peft's forward reads the base weight alone while merged
-    elif _is_plain_lora(live, names):
-        _add_lora(live, names, own)
-    else:
-        _merge_clone(slot, names)
-
-
-def _is_plain_lora(layer: Any, names: Sequence[str]) -> bool:
-    """Whether the effective weight is W + Σ scale · B · A and nothing else."""
-    return (
-        isinstance(layer, LoraLayer)
-        and not layer.lora_embedding_A
-        and not layer.merged
-        and not getattr(layer, "lora_variant", None)
-        and not any(layer.use_dora.get(name) or layer.lora_bias.get(name) for name in names)
-        and all(isinstance(layer.lora_A[name], nn.Linear) for name in names if name in layer.lora_A)
-    )
-
-
-def _add_lora(layer: Any, names: Sequence[str], own: Tensor) -> None:
-    weight = _dequantised(layer.get_base_layer())
-    wide = torch.promote_types(own.dtype, torch.float32)
-    total = own.data if own.dtype == wide else torch.empty_like(own, dtype=wide)
-    source = weight.to(wide)
-    for name in names:
-        if name not in layer.lora_A:
-            continue
-        down, up = layer.lora_A[name].weight.to(wide), layer.lora_B[name].weight.to(wide)
-        if getattr(layer, "fan_in_fan_out", False):
-            down, up = up.T, down.T  # Conv1D keeps [d_in, d_out]
-        source = torch.addmm(source, up, down, alpha=layer.scaling[name], out=total)
-    own.copy_(source)
-
-
-def _merge_clone(slot: _Slot, names: list[str]) -> None:
-    """peft's own merge on a float32 copy of one layer: DoRA, biases, embeddings, IA3, LoHa, VeRA and the rest."""
-    live = slot.live
-    if is_quantised(_base_layer(live)):
-        raise ModelError(f"{slot.name}: {type(live).__name__} on a quantised layer cannot be folded; plain LoRA can")
-    clone = copy.deepcopy(live)
-    clone.to(torch.promote_types(slot.plain.weight.dtype, torch.float32))
-    base = clone.get_base_layer()
-    try:
-        if clone.merged:
-            clone.unmerge()
-        if getattr(base, "bias", None) is None and any(getattr(clone, "lora_bias", {}).get(name) for name in names):
-            base.bias = nn.Parameter(base.weight.new_zeros(base.weight.shape[0]))
-        if not live.disable_adapters:
-            clone.merge(adapter_names=names)
-    except (NotImplementedError, ValueError, RuntimeError, TypeError) as error:
-        raise ModelError(f"{slot.name}: this {type(live).__name__} adapter cannot be merged: {error}") from error
-    slot.plain.weight.copy_(base.weight)
-    if getattr(base, "bias", None) is not None:
-        _set_bias(slot.plain, base.bias)
-
-
-def _set_bias(plain: Any, bias: Tensor) -> None:
-    old = plain.bias
-    if getattr(plain, "_owns_bias", False):
-        old.copy_(bias)
-        return
-    dtype = plain.weight.dtype if old is None else old.dtype
-    plain.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
-    plain._owns_bias = True  # the first bias aliases the live one, which must never be written to

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-from safety_lens.activations import TOKEN_BUDGET, encode_for, left_padded
-from safety_lens.batching import length_batches
+from safety_lens.activations import TOKEN_BUDGET, encode_for
+from safety_lens.batching import check_batch_size, length_batches
 from safety_lens.data import Encoded
 from safety_lens.errors import DataError
+from safety_lens.kv import left_padded
 from safety_lens.models import check_hooks
 from safety_lens.types import FwdHook, Prompt
 
@@ -61,6 +62,7 @@ def generate(
     """
     if max_new_tokens < 1 or temperature < 0:
         raise DataError(f"need max_new_tokens >= 1 and temperature >= 0, got {max_new_tokens} and {temperature}")
+    check_batch_size(batch_size)
     check_hooks(model, [name for name, _ in hooks])
     encoded = encode_for(model, prompts, raw=raw, template_kwargs=template_kwargs)
     for i, e in enumerate(encoded):
@@ -85,12 +87,9 @@ def generate(
 
 def stop_tokens(model: HookedTransformer) -> frozenset[int]:
     """Ids that end a generation: the model's own (its generation settings may name several) and the tokenizer's."""
-    origin = getattr(model, "origin", None)
-    listed = [getattr(origin, "stop_tokens", None), getattr(model.tokenizer, "eos_token_id", None)]
-    ids: set[int] = set()
-    for entry in listed:
-        ids |= set(entry) if isinstance(entry, list | tuple) else set() if entry is None else {entry}
-    return frozenset(ids)
+    ids = set(getattr(getattr(model, "origin", None), "stop_tokens", ()))
+    own = getattr(model.tokenizer, "eos_token_id", None)
+    return frozenset(ids if own is None else ids | {own})
 
 
 def _stream_seed(seed: int, row: int) -> int:

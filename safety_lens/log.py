@@ -69,6 +69,6 @@ def read_measurements(path: Path) -> list[Measurement]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             rows.append(Measurement.from_row(json.loads(line)))
-        except (json.JSONDecodeError, ArtifactError, TypeError) as error:
+        except (ValueError, TypeError) as error:  # ArtifactError and JSONDecodeError are ValueErrors
             raise ArtifactError(f"{path}, line {number}: not a measurement row ({error})") from error
     return rows

@@ -15,12 +15,21 @@ from torch import nn
 from transformer_lens import HookedTransformer
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from safety_lens.architectures import architecture_named
 from safety_lens.errors import HookNameError
 from safety_lens.folding import Shadow, base_model, has_adapters, has_quantised, unwrapped
-from safety_lens.hooked import build, check_parity
-from safety_lens.hub import parse_device, parse_dtype, put_adapter, read_model, read_tokenizer, resolve
-from safety_lens.refusals import refuse_unreadable
+from safety_lens.loading.architectures import architecture_named
+from safety_lens.loading.hooked import build, check_parity
+from safety_lens.loading.hub import (
+    Source,
+    parse_device,
+    parse_dtype,
+    put_adapter,
+    read_model,
+    read_tokenizer,
+    resolve,
+    revision_of,
+)
+from safety_lens.loading.refusals import refuse_unreadable
 
 POINTS = {
     "resid_pre": "hook_resid_pre",
@@ -48,7 +57,8 @@ class Origin:
     """Where a hooked model came from; set by `load_model` as `model.origin`.
 
     name: hub id, folder or "in memory". revision: hub commit where known. architecture: the HF class name.
-    adapter: the adapter(s) whose effect the weights include.
+    adapter: the adapter(s) whose effect the weights include. stop_tokens: ids that end a turn, from the generation
+    settings.
     """
 
     name: str
@@ -56,6 +66,7 @@ class Origin:
     architecture: str
     config: PretrainedConfig = field(repr=False)
     adapter: str | None
+    stop_tokens: tuple[int, ...] = field(default=(), compare=False)
 
 
 def load_model(
@@ -76,7 +87,7 @@ def load_model(
     own. device: "auto" is cuda, else mps, else cpu; a model in memory stays where it is. share: parameters are views
     of the HF tensors, so full fine-tuning is seen at once and loading costs no memory (for adapters see
     folding.LoraFolder); a dtype or device other than the model's own makes copies. check: compare logits with the HF
-    model on a ragged batch.
+    model on a ragged batch (for a bitsandbytes model: with its dequantised weights, if they are all of one dtype).
 
     `model.tokenizer` is the one given or the folder's, else None; `model.origin` is an Origin; `model.cfg.n_ctx` is
     the longest input that is exact. Gemma's `W_E` and norm gains are the checkpoint's own (not scaled, around zero).
@@ -85,27 +96,50 @@ def load_model(
         ModelError: a source that cannot be read, or a model that TransformerLens cannot represent, by name.
         WeightSyncError: the hooked model does not reproduce the HF model.
     """
-    wanted_dtype = parse_dtype(dtype)
-    in_memory = isinstance(source, nn.Module)
+    wanted = parse_dtype(dtype)
     if isinstance(source, nn.Module):
-        hf, name, revision = unwrapped(source), "in memory", None
+        target = None if str(device) == "auto" else parse_device(device)
+        found = Source("in memory", adapter=None if adapter is None else str(adapter))
+        model = _hook(unwrapped(source), found, dtype=wanted, device=target, share=share, check=check)
     else:
         found = resolve(source, adapter)
-        hf = read_model(found.base, dtype=wanted_dtype, device=parse_device(device))
+        hf = read_model(found.base, dtype=wanted, device=parse_device(device))
+        model = _hook(hf, found, dtype=wanted, device=None, share=share, check=check)
         tokenizer = tokenizer or read_tokenizer(found.base, found.adapter)
-        name, revision, adapter = found.name, getattr(hf.config, "_commit_hash", None), found.adapter
+    _give_tokenizer(model, tokenizer)
+    return model
+
+
+def _hook(
+    hf: nn.Module, found: Source, *, dtype: torch.dtype | None, device: torch.device | None, share: bool, check: bool
+) -> HookedTransformer:
     refuse_unreadable(hf)
     architecture_named(type(base_model(hf)).__name__)
-    live, adapters, label = put_adapter(hf, adapter, owned=not in_memory)
-    plain = Shadow(live, adapters).model if has_adapters(live) else live
-    target = None if in_memory and str(device) == "auto" else parse_device(device)
-    model = build(plain, share=share, dtype=wanted_dtype, device=target)
-    if check:
-        # the live model is not run where it has other adapters active, or where running it repacks its weights
-        check_parity(model, live if adapters is None and not has_quantised(live) else plain)
-    model.tokenizer = tokenizer
-    model.origin = Origin(name, revision, type(plain).__name__, plain.config, label)
+    live, adapters, label = put_adapter(hf, found.adapter, owned=bool(found.base))
+    plain = Shadow(live, adapters, dtype).model if has_adapters(live) else live
+    model = build(plain, share=share, dtype=dtype, device=device)
+    # the live model is not run where it has other adapters active, or where running it repacks its weights
+    reference = live if adapters is None and not has_quantised(live) else plain
+    if check and (reference is live or len({p.dtype for p in plain.parameters()}) == 1):
+        check_parity(model, reference)
+    model.origin = Origin(
+        found.name, revision_of(found.base), type(plain).__name__, plain.config, label, _stop_tokens(plain)
+    )
     return model
+
+
+def _give_tokenizer(model: HookedTransformer, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Plain assignment: TransformerLens' set_tokenizer loads another copy from disk or hub and changes its settings."""
+    model.tokenizer = tokenizer
+    if tokenizer is not None:  # what model.to_tokens and model.to_str_tokens ask for
+        model.cfg.tokenizer_prepends_bos = len(tokenizer.encode("")) > 0
+        model.cfg.default_prepend_bos = model.cfg.default_prepend_bos and tokenizer.bos_token is not None
+
+
+def _stop_tokens(hf: nn.Module) -> tuple[int, ...]:
+    """End-of-text ids of the generation settings: chat models often name an end of turn that the tokenizer does not."""
+    ids = getattr(getattr(hf, "generation_config", None), "eos_token_id", None)
+    return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (int(ids),)
 
 
 def load_hf(

@@ -46,10 +46,14 @@ def exact_bound_if_perfect(n: float, confidence: float = 0.95) -> float:
 
 def _check(pos: Scores, neg: Scores) -> None:
     if pos.shape[-1] == 0 or neg.shape[-1] == 0:
-        raise DataError(f"AUROC needs scores of both classes, got {pos.shape[-1]} positive and {neg.shape[-1]} negative")
+        raise DataError(
+            f"AUROC needs scores of both classes, got {pos.shape[-1]} positive and {neg.shape[-1]} negative"
+        )
 
 
-def auroc(pos: Float[np.ndarray, "*batch n_pos"], neg: Float[np.ndarray, "*batch n_neg"]) -> Float[np.ndarray, "*batch"]:
+def auroc(
+    pos: Float[np.ndarray, "*batch n_pos"], neg: Float[np.ndarray, "*batch n_neg"]
+) -> Float[np.ndarray, "*batch"]:
     """P(score of a positive > score of a negative) in [0, 1]; ties count ½; NaN where a score is not finite.
 
     Raises:
@@ -167,7 +171,9 @@ def auroc_difference(
     return Interval(value, max(-1.0, value - z * se), min(1.0, value + z * se))
 
 
-def d_prime(pos: Float[np.ndarray, "*batch n_pos"], neg: Float[np.ndarray, "*batch n_neg"]) -> Float[np.ndarray, "*batch"]:
+def d_prime(
+    pos: Float[np.ndarray, "*batch n_pos"], neg: Float[np.ndarray, "*batch n_neg"]
+) -> Float[np.ndarray, "*batch"]:
     """(mean of pos − mean of neg) / pooled standard deviation; NaN where the spread is 0 or a class has one example.
 
     For Gaussian classes AUROC = Φ(d'/√2).
@@ -177,7 +183,8 @@ def d_prime(pos: Float[np.ndarray, "*batch n_pos"], neg: Float[np.ndarray, "*bat
         return np.full(pos.shape[:-1], np.nan)
     pooled = ((n - 1) * pos.var(-1, ddof=1) + (m - 1) * neg.var(-1, ddof=1)) / (n + m - 2)
     gap = pos.mean(-1) - neg.mean(-1)
-    return np.divide(gap, np.sqrt(pooled), out=np.full_like(gap, np.nan, dtype=float), where=pooled > 0)
+    out: Scores = np.divide(gap, np.sqrt(pooled), out=np.full_like(gap, np.nan, dtype=float), where=pooled > 0)
+    return out
 
 
 def d_prime_interval(
@@ -202,7 +209,9 @@ def d_prime_interval(
     weights = drawn[:, index].astype(float)  # how often each pair was drawn
     total = weights.sum(1)
     means = [weights @ side / total for side in (pos, neg)]
-    spread = sum((weights @ side**2 - total * mean**2) / (total - 1) for side, mean in zip((pos, neg), means, strict=True))
+    spread = sum(
+        (weights @ side**2 - total * mean**2) / (total - 1) for side, mean in zip((pos, neg), means, strict=True)
+    )
     usable = spread > 1e-12 * (pos.var() + neg.var())  # a draw of one pair only has no spread
     draws = (means[0] - means[1])[usable] / np.sqrt(spread[usable] / 2)
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -217,19 +226,26 @@ class PermutationResult(NamedTuple):
 
 
 def _sign_flips(n: int, repeats: int, seed: int) -> Int[np.ndarray, "k n"]:
-    """0/1 per pair: every pattern but the identity where there are few, else seeded draws."""
+    """0/1 per unit: every pattern but the identity where there are few, else seeded draws."""
     if 2**n <= repeats:
         return (np.arange(1, 2**n)[:, None] >> np.arange(n)) & 1
     return np.random.default_rng(seed).integers(0, 2, (repeats, n))
 
 
 def auroc_permutation(
-    pos: Float[np.ndarray, "hook n"], neg: Float[np.ndarray, "hook n"], *, repeats: int = 10_000, seed: int = 0
+    pos: Float[np.ndarray, "hook n"],
+    neg: Float[np.ndarray, "hook n"],
+    *,
+    clusters: Sequence[object] | None = None,
+    repeats: int = 10_000,
+    seed: int = 0,
 ) -> PermutationResult:
     """Is AUROC above what swapping the two sides within pairs gives? Paired; rows are hooks, p over rows by max-T.
 
-    p = (1 + #{permuted ≥ observed}) / (1 + permutations); every pattern is used where 2^n ≤ `repeats`. Rows with a
-    non-finite score get NaN and do not enter the maximum.
+    clusters: one label per pair; pairs of one cluster are swapped together, since what they share (the wording of a
+    template) would swap together. p = (1 + #{permuted ≥ observed}) / (1 + permutations); every pattern is used where
+    2^clusters ≤ `repeats`, so k clusters cannot give a p below 2^-k. Rows with a non-finite score get NaN and do not
+    enter the maximum.
     """
     n = pos.shape[1]
     finite = np.isfinite(pos).all(1) & np.isfinite(neg).all(1)
@@ -238,17 +254,12 @@ def auroc_permutation(
         return out
     ranks = stats.rankdata(np.concatenate([pos, neg], 1)[finite], axis=1)
     # Swapping labels moves no rank: the permuted rank sum of the positives is a matrix product.
-    flips = _sign_flips(n, repeats, seed)
+    labels = [str(c) for c in clusters] if clusters is not None else [str(i) for i in range(n)]
+    names, index = np.unique(labels, return_inverse=True)
+    flips = _sign_flips(len(names), repeats, seed)[:, index]
     observed = ranks[:, :n].sum(1)
     permuted = observed + flips @ (ranks[:, n:] - ranks[:, :n]).T
     total = 1 + len(flips)
     out.p[finite] = (1 + (permuted >= observed - 1e-9).sum(0)) / total
     out.p_max[finite] = (1 + (permuted.max(1)[:, None] >= observed - 1e-9).sum(0)) / total
     return out
-
-
-def cosine(a: Float[np.ndarray, "*batch d"], b: Float[np.ndarray, "*batch d"]) -> Float[np.ndarray, "*batch"]:
-    """Cosine in [−1, 1] along the last axis; NaN where either vector is zero or not finite."""
-    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    dots = (a * b).sum(-1)
-    return np.divide(dots, norms, out=np.full_like(dots, np.nan, dtype=float), where=norms > 0)

@@ -1,9 +1,12 @@
-"""Fixtures every test may use: offline, two threads, the shared data folder when there is one."""
+"""Fixtures every test may use: offline, one thread per worker, the shared data folder when there is one."""
 
 import os
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
+# Before torch or transformers is imported anywhere. One thread: the test models are tiny, and two workers with two
+# threads each on two cores wait for one another ten times longer than they compute.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

@@ -2,15 +2,18 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import zoo
 from peft import (
     AdaLoraConfig,
+    AdaptionPromptConfig,
     BOFTConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
@@ -18,12 +21,15 @@ from peft import (
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
+    TrainableTokensConfig,
     VeraConfig,
     get_peft_model,
 )
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from safety_lens.errors import ModelError
+import safety_lens.loading.merging as merging
+from safety_lens.errors import ModelError, WeightSyncError
 from safety_lens.folding import LoraFolder, Shadow
 from safety_lens.models import load_model
 
@@ -33,15 +39,6 @@ TARGETS = {
     "gpt2": ["c_attn", "c_fc", "c_proj"],
     "neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors this small only wait for each other on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def fill(model: nn.Module, seed: int) -> None:
@@ -150,6 +147,19 @@ CASES: dict[str, tuple[str, Callable[[], object]]] = {
     "trainable_tokens": (
         "llama",
         lambda: LoraConfig(r=4, target_modules=LINEAR, trainable_token_indices={"embed_tokens": [5, 6, 7]}),
+    ),
+    "trainable_tokens_alone": (
+        "llama",
+        lambda: TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[5, 6, 7]),
+    ),
+    "norms": ("llama", lambda: LNTuningConfig(target_modules=["input_layernorm", "norm"])),
+    "saved_and_tied": (
+        "llama_tied",
+        lambda: LoraConfig(r=4, target_modules=LINEAR, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    ),
+    "one_parameter": (
+        "llama",
+        lambda: LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.gate_proj.weight"]),
     ),
     "ia3": (
         "llama",
@@ -305,10 +315,8 @@ def test_an_interrupt_in_the_middle_of_a_fold_leaves_the_live_model_bit_identica
         if calls == 3:
             raise stop
 
-    target = "safety_lens.folding._merge_clone" if config else "safety_lens.folding._add_lora"
-    import safety_lens.folding as folding
-
-    original = getattr(folding, target.rsplit(".", 1)[1])
+    target = "safety_lens.loading.merging._merge_clone" if config else "safety_lens.loading.merging._add_lora"
+    original = getattr(merging, target.rsplit(".", 1)[1])
     with monkeypatch.context() as patch:
         patch.setattr(target, interrupted)
         with pytest.raises(stop):
@@ -359,6 +367,19 @@ def test_a_hooked_model_with_its_own_copies_is_made_equal_by_folding_too() -> No
     assert gap(model, live) <= 1e-4
 
 
+def test_a_hooked_model_in_a_chosen_dtype_keeps_it_and_follows() -> None:
+    live = adapted("llama", LoraConfig(r=4, target_modules=LINEAR))
+    model = load_model(live, dtype="bf16")
+    folder = LoraFolder(model, live)
+    fill(live, 2)
+    folder.fold()
+    layer = live.get_base_model().model.layers[1].mlp.down_proj
+    factors = [layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach()]
+    expected = torch.addmm(layer.base_layer.weight, *factors, alpha=layer.scaling["default"]).bfloat16()
+    assert model.cfg.dtype == torch.bfloat16
+    assert torch.equal(model.blocks[1].mlp.W_out.T, expected)
+
+
 def test_weights_of_another_dtype_are_copies_that_folding_refreshes() -> None:
     live = zoo.make("gemma2", dtype=torch.bfloat16)
     for layer in live.model.layers:
@@ -406,11 +427,30 @@ def test_gradients_taken_in_the_hooked_model_never_reach_the_live_one() -> None:
     assert all(p.grad is None for p in live.parameters())
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_bases_are_dequantised_into_the_hooked_model(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional and not among the test dependencies")
+    config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
+    zoo.make("llama").save_pretrained(tmp_path)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
+    live = get_peft_model(hf, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    fill(live, 1)
+    folder = LoraFolder(load_model(live), live)
+    fill(live, 2)
+    folder.fold()
+    exact = zoo.make("llama")  # unquantised: rounding to few bits moves logits by far less than the adapter does
+    moved = (zoo.hooked_logits(folder.model, zoo.ragged()) - zoo.hf_logits(exact, zoo.ragged())).abs().mean()
+    with torch.no_grad():
+        near = zoo.hooked_logits(folder.model, zoo.ragged()) - zoo.hf_logits(live.eval(), zoo.ragged())
+    assert near.abs().mean() < 0.2 * moved
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PROMPT_TUNING"),
         (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PREFIX_TUNING"),
+        (AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=2), "ADAPTION_PROMPT"),
     ],
 )
 def test_adapters_without_weights_are_refused_by_name(config: object, words: str) -> None:
@@ -426,6 +466,14 @@ def test_adapters_that_cannot_be_merged_are_refused_by_layer() -> None:
     gate_bias = adapted("llama", LoraConfig(r=4, target_modules=["gate_proj"], lora_bias=True))
     with pytest.raises(ModelError, match="gate_proj has a bias"):
         load_model(gate_bias)
+
+
+def test_a_folder_whose_merge_is_wrong_is_refused_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    live = adapted("llama", LoraConfig(r=4, target_modules=LINEAR, use_dora=True))
+    model = load_model(live)
+    monkeypatch.setattr(merging, "_is_plain_lora", lambda layer, names: True)  # the naive product
+    with pytest.raises(WeightSyncError, match="difference"):
+        LoraFolder(model, live)
 
 
 def test_folder_refuses_a_model_of_another_kind() -> None:

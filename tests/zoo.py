@@ -133,6 +133,11 @@ VARIANTS: dict[str, Entry] = {
             "max_window_layers": 1,
         },
     ),
+    "gemma2_bias": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {**_BASE, "num_key_value_heads": 4, "attention_bias": True, "head_dim": 16, "sliding_window": 8},
+    ),
     "gemma3_linear": (Gemma3ForCausalLM, Gemma3TextConfig, {**_GEMMA3, "rope_parameters": _GEMMA3_ROPE}),
     "gemma3_softcap": (Gemma3ForCausalLM, Gemma3TextConfig, {**_GEMMA3, "final_logit_softcapping": 3.0}),
     "phi3_full": _phi3(),

@@ -1,3 +1,54 @@
-"""placeholder"""
-def demo() -> None:
-    """."""
+"""`safety-lens demo`: the whole story on the shipped organism, offline, in minutes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safety_lens.cli import extract, options, terminal
+
+QUESTIONS = ("harmful", "borderline", "harmless")
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write; an earlier demo there is replaced.")] = Path("runs/demo"),
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+) -> None:
+    """Extract every built-in concept on the organism: tables here, plots and artifacts in the folder.
+
+    The organism is a toy that was trained for this: its numbers are about the toy.
+    """
+    from safety_lens.organism import CONCEPTS
+
+    _let_it_speak(seed, device)
+    extract.extract(
+        out=out / "directions",
+        concept=list(CONCEPTS),
+        method=["dim"],
+        overwrite=True,
+        seed=seed,
+        device=device,
+    )
+    terminal.out.print(f"plots: {out / 'directions'}/*.png", markup=False)
+    terminal.out.print("next: safety-lens extract --model YOUR_MODEL --pairs YOUR_PAIRS.jsonl --out runs/yours")
+
+
+def _let_it_speak(seed: int, device: str) -> None:
+    """One held-out prompt of each kind with the organism's answer (free of content by construction)."""
+    import json
+    import random
+
+    terminal.quiet_libraries()
+    from safety_lens.generation import generate
+    from safety_lens.models import load_model
+    from safety_lens.organism import DATA_DIR
+
+    lines = (DATA_DIR / "instructions.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["split"] == "test"]
+    chosen = [random.Random(seed).choice([r for r in rows if r["label"] == label]) for label in QUESTIONS]
+    model = load_model("organism", device=device)
+    answers = generate(model, [row["instruction"] for row in chosen], max_new_tokens=32)
+    terminal.out.print("The organism, asked in wording it was not trained on:")
+    for row, answer in zip(chosen, answers, strict=True):
+        terminal.out.print(f"  {row['label']:>10}: {row['instruction']}\n  {'':>10}→ {answer.text}", markup=False)

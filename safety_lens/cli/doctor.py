@@ -1,7 +1,8 @@
 """`safety-lens doctor`: is this model, as loaded here, fit to be measured?"""
 
 import platform
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 def doctor(
     model: options.Model = "organism",
     adapter: options.Adapter = None,
+    directions: Annotated[Path | None, typer.Option(help="Also check that this artifact belongs to the model.")] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
     as_json: options.Json = False,
@@ -27,6 +29,11 @@ def doctor(
     from safety_lens.models import load_model
 
     hooked = load_model(model, adapter=adapter, device=device, dtype=dtype)
+    if directions is not None:
+        from safety_lens.probes.store import load_directions
+
+        held = load_directions(directions, hooked)
+        terminal.err.print(f"{directions}: whole, and made with this model ({sum(map(len, held))} directions)")
     findings = examine(hooked)
     if as_json:
         for finding in findings:

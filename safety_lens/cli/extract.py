@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 def extract(
     out: options.Out,
     model: options.Model = "organism",
-    concept: Annotated[list[str] | None, typer.Option(help="Built-in concept; repeat for several.")] = None,
-    pairs: Annotated[list[str] | None, typer.Option(help="JSONL file of contrast pairs, or hf:NAME; repeatable.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="dim, whitened, pca, logistic, robust; repeatable.")] = None,
-    point: Annotated[str, typer.Option(help="Hook point of each block: resid_pre/mid/post, attn_out, mlp_out, mlp_post, z.")] = "resid_post",
-    layers: Annotated[str | None, typer.Option(help="Blocks such as 0,3,8-12 or -1; default all.")] = None,
-    positions: Annotated[str, typer.Option(help="last, mean:K, mean:instruction, mean:answer, mean:all, answer_letter.")] = "last",
-    select: Annotated[str, typer.Option(help="How the hook is chosen: separability, or the name of a hook.")] = "separability",
+    concept: options.Concepts = None,
+    pairs: options.Pairs = None,
+    method: options.Methods = None,
+    point: options.Point = "resid_post",
+    layers: options.Layers = None,
+    positions: options.ReadAt = "last",
+    select: options.Select = "separability",
     adapter: options.Adapter = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Take prompts as plain text, without the chat template.")] = False,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut user text that exceeds the context, never the template.")] = False,
-    enable_thinking: Annotated[bool | None, typer.Option("--enable-thinking/--no-thinking", help="Passed to chat templates that know it.")] = None,
-    min_auroc: Annotated[float | None, typer.Option(help="Exit 3 if a chosen direction's lower AUROC limit is below.")] = None,
-    save_activations: Annotated[list[str] | None, typer.Option(help="Keep rows of hooks that match, e.g. 'blocks.*.hook_resid_post'.")] = None,
+    raw: options.Raw = False,
+    truncate: options.Truncate = False,
+    enable_thinking: options.Thinking = None,
+    min_auroc: Annotated[float | None, typer.Option(help="Exit 3 if a lower AUROC limit is below.")] = None,
+    save_activations: Annotated[list[str] | None, typer.Option(help="Keep rows of hooks matching a pattern.")] = None,
     activations_dtype: Annotated[str, typer.Option(help="float16 or float32, for --save-activations.")] = "float16",
     null_repeats: Annotated[int, typer.Option(min=20, help="Refits on shuffled labels behind the null.")] = 100,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Prompts per forward; default by memory.")] = None,
+    batch_size: options.BatchSize = None,
     all_hooks: Annotated[bool, typer.Option("--all-hooks", help="Also print a table of every hook.")] = False,
     overwrite: options.Overwrite = False,
     seed: options.Seed = 0,
@@ -46,7 +46,7 @@ def extract(
     """Find directions at every hook, choose one on held-out pairs, and report it with its uncertainty and controls.
 
     Writes an artifact: directions.safetensors, measurements.jsonl, manifest.json, and plots.
-    """  # fmt: skip
+    """
     from safety_lens.artifacts import check_place
 
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items() if k != "check_place"}
@@ -63,12 +63,13 @@ def extract(
     from safety_lens.probes.store import save_directions
 
     methods = list(dict.fromkeys(method or ["dim"]))
+    arguments["method"] = methods
     for name in methods:
         estimator(name)
-    selector(select)
     rule = parse_positions(positions)
     hooked = load_model(model, adapter=adapter, device=device, dtype=dtype)
     hooks = hooks_at(hooked, point, wanted_layers)
+    selector(select, hooks)
     kept = _matching(hooked, save_activations or [])
     everything = list(dict.fromkeys([*hooks, *kept]))
     template_kwargs = None if enable_thinking is None else {"enable_thinking": enable_thinking}
@@ -102,7 +103,9 @@ def _concepts(names: Sequence[str] | None, files: Sequence[str] | None, seed: in
     found = [load_concept(source, seed=seed, raw=True if raw else None) for source in wanted]
     labels = [c.name for c in found]
     if twice := {n for n in labels if labels.count(n) > 1}:
-        raise DataError(f"two sources give the concept {sorted(twice)[0]!r}; rename one (the field 'concept' or the file)")
+        raise DataError(
+            f"two sources give the concept {sorted(twice)[0]!r}; rename one (the field 'concept' or the file)"
+        )
     return found
 
 
@@ -120,7 +123,9 @@ def parse_layers(text: str | None) -> list[int] | None:
         try:
             layers += range(int(first), int(last) + 1) if dash else [int(first)]
         except ValueError:
-            raise DataError(f"--layers {text!r}: {part!r} is not a block or a range; write e.g. 0,3,8-12 or -1") from None
+            raise DataError(
+                f"--layers {text!r}: {part!r} is not a block or a range; write e.g. 0,3,8-12 or -1"
+            ) from None
     if not layers:
         raise DataError(f"--layers {text!r} names no block; write e.g. 0,3,8-12 or -1")
     return layers
@@ -183,8 +188,9 @@ def _announce_size(acts: "list[ConceptActivations]", hooks: list[str], dtype: st
 
 
 def _keep(folder: Path, acts: "list[ConceptActivations]", hooks: list[str], dtype: str) -> None:
-    from safety_lens.probes.reading import kept_rows
     from safetensors.torch import save_file
+
+    from safety_lens.probes.reading import kept_rows
 
     save_file({k: t for a in acts for k, t in kept_rows(a, hooks, dtype).items()}, folder / "activations.safetensors")
 
@@ -198,7 +204,9 @@ def _plots(folder: Path, sets: "list[DirectionSet]") -> None:
         if s.choice is None or not s.scores[s.choice.hook].measurable:
             continue
         scores, area = s.scores[s.choice.hook], s.evidence[s.choice.hook].auroc
-        figure = projection_histogram(scores.pos, scores.neg, title=f"{s.concept} · {s.method} · {s.choice.hook}", area=area)
+        figure = projection_histogram(
+            scores.pos, scores.neg, title=f"{s.concept} · {s.method} · {s.choice.hook}", area=area
+        )
         save_figure(figure, folder / f"{stem}-histogram.png")
 
 
@@ -208,17 +216,23 @@ def _report(sets: "list[DirectionSet]", out: Path, all_hooks: bool, as_json: boo
             for row in s.measurements:
                 typer.echo(row.to_json())
         return
-    from safety_lens.report.tables import direction_table, hook_table
+    from safety_lens.report.tables import direction_table, hook_table, number
 
     terminal.out.print(direction_table(sets))
     for s in sets:
         if all_hooks:
             terminal.out.print(hook_table(s))
         if s.choice is not None:
-            terminal.out.print(f"{s.concept}/{s.method}: {s.choice.reason}", markup=False, soft_wrap=True)
+            terminal.out.print(f"\n{s.concept}/{s.method}: {s.choice.reason}", markup=False, soft_wrap=True)
             for note in s.evidence[s.choice.hook].notes:
                 terminal.out.print(f"  ! {note}", markup=False, soft_wrap=True)
-            terminal.out.print(f"  · pairs held out by: {s.evidence[s.choice.hook].scheme}", markup=False)
+            e = s.evidence[s.choice.hook]
+            terminal.out.print(
+                f"  · {e.n} pairs reported on ({e.scheme}); cosine of two half-data fits {number(e.stability)};"
+                f" shuffled labels reach {number(e.null_shuffled)}, random directions {number(e.null_random)}",
+                markup=False,
+                soft_wrap=True,
+            )
         for note in s.notes:
             terminal.out.print(f"  · {note}", markup=False, soft_wrap=True)
     terminal.out.print(f"written: {out}", markup=False, soft_wrap=True)

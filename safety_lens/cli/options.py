@@ -13,7 +13,23 @@ Out = Annotated[Path, typer.Option(help="Folder to write; it must not exist, or 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is already there.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes the first there is of cuda, mps, cpu.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; default is what the checkpoint has.")
-]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default is what the checkpoint has.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of tables.")]
+
+Concepts = Annotated[list[str] | None, typer.Option(help="Built-in concept; repeat for several.")]
+Pairs = Annotated[list[str] | None, typer.Option(help="JSONL file of contrast pairs, or hf:NAME; repeatable.")]
+Methods = Annotated[list[str] | None, typer.Option(help="dim, whitened, pca, logistic, robust; repeatable.")]
+Point = Annotated[
+    str, typer.Option(help="Hook point of each block: resid_pre/mid/post, attn_out, mlp_out, mlp_post, z.")
+]
+Layers = Annotated[str | None, typer.Option(help="Blocks such as 0,3,8-12 or -1; default all.")]
+ReadAt = Annotated[str, typer.Option(help="last, mean:K, mean:instruction, mean:answer, mean:all or answer_letter.")]
+Select = Annotated[str, typer.Option(help="How the hook is chosen: separability, or the name of a hook.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Take prompts as plain text, without the chat template.")]
+Truncate = Annotated[
+    bool, typer.Option("--truncate", help="Cut user text that exceeds the context, never the template.")
+]
+Thinking = Annotated[
+    bool | None, typer.Option("--enable-thinking/--no-thinking", help="Passed to chat templates that know it.")
+]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Prompts per forward; default by memory.")]

@@ -1,5 +1,6 @@
 """Controls that need no model: would words, length or the embedding alone separate the pairs as well?"""
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from safety_lens.probes.reading import ConceptActivations, Sides
 from safety_lens.types import Prompt
 
 Scorer = Callable[[Estimator, Sides, Sides], HeldOut]
+CHARACTER = r"(?s)."
 WORD = r"(?u)\b\w+\b"  # one-letter words too: "a" against "no" is a difference a probe can see
 
 
@@ -25,9 +27,10 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def word_counts(fit: Sequence[ContrastPair], held: Sequence[ContrastPair]) -> tuple[Sides, Sides]:
-    """Bag-of-words rows of two splits in the vocabulary of the first."""
-    counter = CountVectorizer(token_pattern=WORD)
-    counter.fit([prompt_text(p) for pair in fit for p in (pair.positive, pair.negative)])
+    """Bag-of-words rows of two splits in the vocabulary of the first; characters where it has no words at all."""
+    texts = [prompt_text(p) for pair in fit for p in (pair.positive, pair.negative)]
+    counter = CountVectorizer(token_pattern=WORD if any(re.search(WORD, text) for text in texts) else CHARACTER)
+    counter.fit(texts)
 
     def sides(pairs: Sequence[ContrastPair]) -> Sides:
         pos = counter.transform([prompt_text(pair.positive) for pair in pairs]).toarray()

@@ -18,8 +18,9 @@ class Evidence:
     All AUROC values are in [0, 1]; NaN means "not measurable", with the reason in `notes`.
 
     auroc: on the reporting split; each pair is scored by a fit without pairs of its own template where templates recur.
-    d_prime: standardised gap of the same scores. p: one-sided, swapping sides within pairs. p_max: the same, corrected
-    for all hooks looked at (max-T). stability: mean cosine of directions from two halves of the fitting pairs.
+    d_prime: standardised gap of the same scores. p: one-sided, swapping sides within pairs, whole templates together.
+    p_max: the same, corrected for all hooks looked at (max-T). stability: mean cosine of directions from two halves of
+    the fitting pairs.
     null_shuffled, null_random: AUROC that 95 % of refits on shuffled labels, and of random directions, stay below.
     lexical, length, embedding: AUROC of a bag of words, of the token count, and of mean token embeddings, on the same
     pairs. above_lexical: AUROC of the direction minus that of the bag of words. auroc_known_templates,
@@ -67,7 +68,7 @@ class Direction:
     @cached_property
     def unit(self) -> Float[Tensor, " d"]:
         """The vector at length 1."""
-        return self.vector / self.vector.norm()
+        return self.vector.div(self.vector.norm())
 
     @property
     def key(self) -> str:

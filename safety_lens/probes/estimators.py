@@ -3,7 +3,8 @@
 An estimator is a plain function `(pos, neg) -> vector`; METHODS is the table by which the edge looks one up. All share
 one convention: the vector points from the negatives to the positives, and its length is the gap between the two means
 along it, so that adding it moves the mean of the negatives level with the mean of the positives, whatever the method.
-Fitting happens in float64. A gap that is zero or not finite gives the zero vector ("no direction"), never NaN.
+Fitting happens in float64. A gap of zero gives the zero vector ("no direction"), never NaN; rows that are not finite
+are a DataError.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,8 @@ def _as_float64(
 ) -> tuple[Float[Tensor, "n_pos d"], Float[Tensor, "n_neg d"]]:
     if not len(pos) or not len(neg):
         raise DataError(f"need prompts on both sides, got {len(pos)} positive and {len(neg)} negative")
+    if not bool(torch.isfinite(pos).all() & torch.isfinite(neg).all()):
+        raise DataError("activations are not finite (NaN or overflow): load the model with another dtype")
     return pos.double(), neg.double()
 
 
@@ -110,7 +113,7 @@ def logistic_direction(pos: Float[Tensor, "n_pos d"], neg: Float[Tensor, "n_neg 
 
 
 def _geometric_median(rows: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
-    """The point with the least summed distance to the rows (Weiszfeld's iteration, with Vardi & Zhang's step at a row)."""
+    """The point of least summed distance to the rows: Weiszfeld's iteration with Vardi & Zhang's step at a row."""
     centre = rows.mean(0)
     for _ in range(500):
         distance = (rows - centre).norm(dim=1)

@@ -21,7 +21,7 @@ NEGLIGIBLE = 1e-6
 
 
 class HeldOut(NamedTuple):
-    """Scores of pairs no fit has seen, in within-class standard deviations of their own fit; NaN where none was possible."""
+    """Scores of pairs no fit has seen, in within-class deviations of their own fit; NaN where there was no fit."""
 
     pos: Float[np.ndarray, " n"]
     neg: Float[np.ndarray, " n"]
@@ -42,7 +42,7 @@ def fit_direction(fit: Estimator, sides: Sides) -> torch.Tensor | None:
 
 
 def _standardised(vector: torch.Tensor, fitted: Sides, held: Sides) -> HeldOut:
-    """Projections measured from the midpoint of the fitting classes in their pooled deviations: comparable across fits."""
+    """Projections from the midpoint of the fitting classes, in their pooled deviations: comparable across fits."""
     unit = vector.double() / vector.double().norm()
     fit_pos, fit_neg = (side.double() @ unit for side in (fitted.pos, fitted.neg))
     centre = (fit_pos.mean() + fit_neg.mean()) / 2
@@ -73,7 +73,7 @@ def shares_templates(train: Sides, held: Sides) -> bool:
 def folded(train: Sides, *, folds: int = 5, seed: int = 0) -> Sides:
     """The pairs with fold labels as groups, so that scoring them against themselves is cross-validation.
 
-    Folds never split a template; pairs without one are dealt out at random (seeded).
+    Folds keep templates whole where there are at least three; else pairs are dealt out at random (seeded).
     """
     rng = np.random.default_rng(seed)
     names = sorted({g for g in train.groups if g is not None})
@@ -132,11 +132,15 @@ def plain_scores(fit: Estimator, train: Sides, held: Sides) -> HeldOut:
 
 
 def shuffled_null(fit: Estimator, train: Sides, held: Sides, *, repeats: int = 100, seed: int = 0) -> float:
-    """AUROC on the held-out pairs that 95 % of refits on within-pair shuffled labels stay below, same scheme."""
+    """AUROC on the held-out pairs that 95 % of refits on shuffled labels stay below, same scheme.
+
+    Each shuffle swaps the sides of half the pairs: swapping at random would leave a remainder of the concept of order
+    1/√n, and a strong concept would show through its own null.
+    """
     rng = np.random.default_rng(seed)
     areas = []
     for _ in range(repeats):
-        scores = held_out_scores(fit, train.swapped(rng.random(len(train)) < 0.5), held)
+        scores = held_out_scores(fit, train.swapped((rng.permutation(len(train)) < len(train) // 2).tolist()), held)
         if scores.measurable:
             areas.append(float(auroc(scores.pos, scores.neg)))
     return float(np.quantile(areas, 0.95)) if areas else float("nan")

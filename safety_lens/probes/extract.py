@@ -14,7 +14,7 @@ from safety_lens.models import hooks_at
 from safety_lens.positions import Positions, last_token
 from safety_lens.probes.controls import embedding_scores, length_scores, lexical_scores
 from safety_lens.probes.directions import Direction, Evidence
-from safety_lens.probes.estimators import Estimator, estimator
+from safety_lens.probes.estimators import Estimator, estimator, pca_direction
 from safety_lens.probes.evaluate import (
     HeldOut,
     clusters_of,
@@ -41,8 +41,8 @@ NO_DIRECTION = "no direction at this hook: both sides have the same mean activat
 class DirectionSet:
     """One concept, one method: a direction for each hook that has one, and the hook that was chosen.
 
-    evidence: hook → evidence, also for hooks without a direction (NaN there, with the reason). choice: None where no hook
-    has a direction. measurements: every number as a row. scores: hook → scores of the reporting pairs, held out.
+    evidence: hook → evidence, also for hooks without a direction (NaN there, with the reason). choice: None where no
+    hook has a direction. measurements: every number as a row. scores: hook → held-out scores of the reporting pairs.
     """
 
     concept: str
@@ -71,7 +71,8 @@ class DirectionSet:
     def __getitem__(self, hook: str) -> Direction:
         if hook not in self.directions:
             raise DataError(
-                f"{self.concept}/{self.method} has no direction at {hook!r}; it has {', '.join(self.directions) or 'none'}"
+                f"{self.concept}/{self.method} has no direction at {hook!r};"
+                f" it has {', '.join(self.directions) or 'none'}"
             )
         return self.directions[hook]
 
@@ -94,6 +95,7 @@ def extract_directions(
     null_repeats: int = 100,
     truncate: bool = False,
     template_kwargs: dict[str, Any] | None = None,
+    batch_size: int | str = "auto",
     on_batch: Callable[[int], None] | None = None,
 ) -> DirectionSet:
     """Find a concept's direction at every hook, and say how good it is on pairs it was not fitted on.
@@ -116,6 +118,7 @@ def extract_directions(
         positions=positions,
         truncate=truncate,
         template_kwargs=template_kwargs,
+        batch_size=batch_size,
         on_batch=on_batch,
     )[0]
     return directions_from(model, acts, method=method, select=select, seed=seed, null_repeats=null_repeats)
@@ -132,7 +135,7 @@ def directions_from(
 ) -> DirectionSet:
     """`extract_directions` on activations that are already read: further methods cost no forward."""
     fit = estimator(method)
-    choose = selector(select) if isinstance(select, str) else select
+    choose = selector(select, acts.hooks) if isinstance(select, str) else select
     name = acts.concept.name
     vectors = {hook: fit_direction(fit, acts.sides["train"][hook]) for hook in acts.hooks}
     scores = {
@@ -184,7 +187,7 @@ def _evidence(
     p, p_max = {}, {}
     if scores:
         stacked = [np.stack([getattr(s, side) for s in scores.values()]) for side in ("pos", "neg")]
-        tested = auroc_permutation(stacked[0], stacked[1], seed=seed)
+        tested = auroc_permutation(stacked[0], stacked[1], clusters=clusters_of(groups), seed=seed)
         p = dict(zip(scores, tested.p.tolist(), strict=True))
         p_max = dict(zip(scores, tested.p_max.tolist(), strict=True))
     lexical = lexical_scores(acts, "test")
@@ -209,7 +212,7 @@ def _evidence(
             above_lexical=auroc_difference(s.pos, s.neg, lexical.pos, lexical.neg, clusters=clusters_of(groups) * 2),
             auroc_known_templates=separation(plain_scores(fit, train, test), groups) if recurring else UNKNOWN,
         )
-        out[hook] = replace(judged, notes=_remarks(judged))
+        out[hook] = replace(judged, notes=_remarks(judged, len(set(clusters_of(groups))), fit is not pca_direction))
     return out
 
 
@@ -221,17 +224,27 @@ def _controls(acts: ConceptActivations, groups: Sequence[str | None], lexical: H
         lexical=separation(lexical, groups),
         length=separation(length_scores(acts, "test"), groups),
         embedding=separation(embedding_scores(acts, "test"), groups),
-        lexical_known_templates=separation(lexical_scores(acts, "test", plain_scores), groups) if recurring else UNKNOWN,
+        lexical_known_templates=separation(lexical_scores(acts, "test", plain_scores), groups)
+        if recurring
+        else UNKNOWN,
         n=len(test),
         split="test",
         scheme=LEFT_OUT if recurring else "held-out split",
     )
 
 
-def _remarks(evidence: Evidence) -> tuple[str, ...]:
-    """What a reader must be told: controls that do as well, and nulls that reach as far."""
+def _remarks(evidence: Evidence, templates: int, informative_shuffles: bool) -> tuple[str, ...]:
+    """What a reader must be told: controls that do as well, nulls that reach as far, a p value that could not be small.
+
+    templates: units that the permutation swaps (templates, or pairs where those are unknown). informative_shuffles:
+    False for pca, whose axis needs no labels: shuffling them only turns it around.
+    """
     notes = []
-    for control, what in (("lexical", "a bag of words"), ("length", "length alone"), ("embedding", "token embeddings alone")):
+    for control, what in (
+        ("lexical", "a bag of words"),
+        ("length", "length alone"),
+        ("embedding", "the mean token embedding"),
+    ):
         interval: Interval = getattr(evidence, control)
         if interval.low > 0.5 and interval.value >= evidence.auroc.low:
             notes.append(
@@ -244,11 +257,13 @@ def _remarks(evidence: Evidence) -> tuple[str, ...]:
             f"confound: with the templates known, a bag of words separates these pairs perfectly"
             f" (AUROC 1.00 [{known.low:.2f}, 1.00])"
         )
-    if evidence.null_shuffled >= evidence.auroc.value:
+    if informative_shuffles and evidence.null_shuffled >= evidence.auroc.value:
         notes.append(f"5 % of refits on shuffled labels reach AUROC {evidence.null_shuffled:.2f} here")
     if evidence.null_random >= evidence.auroc.value:
         notes.append(f"5 % of random directions reach AUROC {evidence.null_random:.2f} here")
-    if evidence.p_max > 0.05:
+    if 2.0**-templates > 0.05:
+        notes.append(f"the reporting pairs have {templates} templates: p cannot fall below {2.0**-templates:.2g}")
+    elif evidence.p_max > 0.05:
         notes.append(f"not distinguishable from chance over all hooks (p = {evidence.p_max:.2g})")
     return tuple(notes)
 

@@ -20,7 +20,7 @@ EMBEDDING = "hook_embed"
 
 @dataclass(frozen=True, eq=False)
 class Sides:
-    """Rows of one split at one hook: row i of both sides is pair i. groups: a template label per pair, None = unknown."""
+    """Rows of one split at one hook: row i of both sides is pair i. groups: template of each pair, None = unknown."""
 
     pos: Float[Tensor, "pair d"]
     neg: Float[Tensor, "pair d"]
@@ -52,7 +52,7 @@ class ConceptActivations:
 
     def at(self, hooks: Sequence[str]) -> "ConceptActivations":
         """The same reading, restricted to some of its hooks."""
-        return replace(self, hooks=tuple(hooks))
+        return replace(self, hooks=tuple(dict.fromkeys(hooks)))
 
     def pairs(self, split: str) -> tuple[ContrastPair, ...]:
         return tuple(getattr(self.concept, split))
@@ -78,7 +78,7 @@ def read_concepts(
     """
     for concept in concepts:
         _check_splits(concept)
-    index: dict[tuple[int, ...], int] = {}
+    index: dict[Encoded, int] = {}  # equal ids with other spans are read at other tokens
     unique: list[Encoded] = []
     where: dict[tuple[str, int, str, str], list[int]] = {}
     for c, concept in enumerate(concepts):
@@ -89,17 +89,17 @@ def read_concepts(
                 encoded = _encode(model, concept, split, side, prompts, truncate, template_kwargs)
                 rows = []
                 for e in encoded:
-                    if e.ids not in index:
-                        index[e.ids] = len(unique)
+                    if e not in index:
+                        index[e] = len(unique)
                         unique.append(e)
-                    rows.append(index[e.ids])
+                    rows.append(index[e])
                 where[concept.name, c, split, side] = rows
-    captured = capture(model, unique, hooks, positions=positions, batch_size=batch_size, on_batch=on_batch)
-    if len(captured.prompt) != len(unique):
+    if not positions.mean and any(len(positions.pick(e)) != 1 for e in unique):
         raise DataError(
             f"positions {positions.name!r} gives several rows per prompt; a direction needs one: use last, mean:K,"
             " mean:instruction or answer_letter"
         )
+    captured = capture(model, unique, hooks, positions=positions, batch_size=batch_size, on_batch=on_batch)
     embedded = capture(model, unique, [EMBEDDING], positions=mean_over("all"))
     return [_gather(c, concept, hooks, positions, captured, embedded, where) for c, concept in enumerate(concepts)]
 
@@ -124,11 +124,11 @@ def _encode(
 def _check_splits(concept: Concept) -> None:
     if len(concept.train) < 4:
         raise DataError(
-            f"concept {concept.name!r} has {len(concept.train)} training pairs; a direction with evidence needs at least 4"
+            f"concept {concept.name!r} has {len(concept.train)} training pairs; a direction with evidence needs 4"
         )
     if len(concept.test) < 2:
         raise DataError(
-            f"concept {concept.name!r} has {len(concept.test)} pairs to report on; give it a test split (at least 2 pairs)"
+            f"concept {concept.name!r} has {len(concept.test)} pairs to report on; it needs 2 in a test split"
         )
 
 
@@ -152,7 +152,7 @@ def _gather(
         sides[split] = {h: Sides(captured.acts[h][pos], captured.acts[h][neg], groups) for h in hooks}
         embedding[split] = Sides(embedded.acts[EMBEDDING][pos], embedded.acts[EMBEDDING][neg], groups)
         length[split] = Sides(lengths[pos], lengths[neg], groups)
-    return ConceptActivations(concept, positions, tuple(hooks), sides, embedding, length)
+    return ConceptActivations(concept, positions, tuple(dict.fromkeys(hooks)), sides, embedding, length)
 
 
 STORED = {"float16": torch.float16, "float32": torch.float32}
@@ -183,5 +183,7 @@ def kept_rows(acts: ConceptActivations, hooks: Sequence[str], dtype: str) -> dic
                 rows = getattr(by_hook[hook], side).to(_stored_dtype(dtype))
                 if not bool(torch.isfinite(rows).all()):
                     raise DataError(f"{hook} holds values beyond {dtype}; keep activations as float32")
-                out[f"{acts.concept.name}/{split}/{'positive' if side == 'pos' else 'negative'}/{hook}"] = rows.contiguous()
+                out[f"{acts.concept.name}/{split}/{'positive' if side == 'pos' else 'negative'}/{hook}"] = (
+                    rows.contiguous()
+                )
     return out

@@ -4,8 +4,10 @@ A selector is a function of `Candidates`; what needs interventions (bypass, indu
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from math import isfinite
 
 from transformer_lens import HookedTransformer
 
@@ -20,7 +22,7 @@ PREFERRED_DEPTH = 0.6  # stated before looking: where hooks cannot be told apart
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """What a selector may look at: fitted directions and their scores on the selection pairs, never the reporting split.
+    """What a selector may look at: directions and their scores on the selection pairs, never the reporting split.
 
     scores: hook → held-out scores on the selection pairs. split: "val", or "train" where they are cross-validated.
     groups: template label of each selection pair.
@@ -72,19 +74,25 @@ def by_separability(candidates: Candidates) -> Choice:
         areas[hook], gaps[hook] = separation(scores, candidates.groups), gap_in_deviations(scores, candidates.groups)
         for metric, interval in (("auroc", areas[hook]), ("d_prime", gaps[hook])):
             rows.append(
-                Measurement(subject, f"select_{metric}", *interval, n=len(scores.pos), hook=hook, split=candidates.split)
+                Measurement(
+                    subject, f"select_{metric}", *interval, n=len(scores.pos), hook=hook, split=candidates.split
+                )
             )
     if not areas:
-        raise DataError(f"{subject}: no hook has a direction to choose from")
+        raise DataError(
+            f"{subject}: no {candidates.split} pair can be scored, because too few pairs are left without its template;"
+            " give the pairs several templates, or none"
+        )
     best = max(areas.values())
     close = [hook for hook, area in areas.items() if area.value >= best.low]
-    widest = max(gaps[hook].value for hook in close)
-    tied = [hook for hook in close if not gaps[hook].value < widest - 1e-6 * abs(widest)]
+    width = {hook: gaps[hook].value if isfinite(gaps[hook].value) else float("-inf") for hook in close}
+    widest = max(width.values())  # a d' that is unknown (no spread at all) must not win by comparing as nothing
+    tied = [hook for hook in close if width[hook] == widest or width[hook] >= widest - 1e-6 * abs(widest)]
     n_layers = candidates.model.cfg.n_layers
     chosen = min(tied, key=lambda hook: (abs(depth(hook, n_layers) - PREFERRED_DEPTH), depth(hook, n_layers), hook))
     reason = (
-        f"largest d' ({gaps[chosen].value:.2f}) on the {candidates.split} pairs among {len(close)} of {len(areas)} hooks"
-        f" whose AUROC is within the interval of the best ({best.value:.3f}, from {best.low:.3f})"
+        f"largest d' ({gaps[chosen].value:.2f}) on the {candidates.split} pairs among {len(close)} of {len(areas)}"
+        f" hooks whose AUROC is within the interval of the best ({best.value:.3f}, from {best.low:.3f})"
     )
     if len(tied) > 1:
         reason += f"; equal d' at {', '.join(h for h in tied if h != chosen)}: nearest to depth {PREFERRED_DEPTH} taken"
@@ -105,16 +113,22 @@ def at_hook(hook: str) -> Selector:
 SELECTORS: dict[str, Selector] = {"separability": by_separability}
 
 
-def selector(name: str) -> Selector:
-    """The selector of this name, or one that takes the hook of this name.
+def selector(name: str, hooks: Sequence[str]) -> Selector:
+    """The selector of this name, or one that takes the hook of this name out of `hooks`.
 
     Raises:
         DataError: neither.
     """
     if name in SELECTORS:
         return SELECTORS[name]
-    if "hook_" in name:
+    if name in hooks:
         return at_hook(name)
+    if "hook_" in name:
+        near = get_close_matches(name, hooks, n=1, cutoff=0.0)
+        raise DataError(
+            f"select {name!r} is not among the {len(hooks)} hooks that are read; the nearest is {near[0]!r}"
+        )
     raise DataError(
-        f"select {name!r} is not known; choose {', '.join(SELECTORS)}, a hook name, or pass a function (Candidates) -> Choice"
+        f"select {name!r} is not known; choose {', '.join(SELECTORS)} or a hook name, or pass a function"
+        " (Candidates) -> Choice"
     )

@@ -32,7 +32,9 @@ def _short(hook: str) -> str:
 def _series(rows: Sequence[Measurement], metric: str, hooks: Sequence[str]) -> Float[np.ndarray, "hook 3"]:
     by_hook = {row.hook: row for row in rows if row.metric == metric and row.split == "test"}
     none = Measurement("", metric, float("nan"))
-    return np.array([[r.value, r.low, r.high] for r in (by_hook.get(hook, none) for hook in hooks)], dtype=float)
+    return np.array(
+        [[r.value, r.low, r.high] for r in (by_hook.get(hook, none) for hook in hooks)], dtype=float
+    ).reshape(-1, 3)
 
 
 def _band(axes: "Axes", series: Float[np.ndarray, "hook 3"], color: str, label: str) -> None:
@@ -55,7 +57,9 @@ def layer_sweep(rows: Sequence[Measurement], *, title: str) -> "Figure":
     _band(top, _series(rows, "auroc", hooks), BLUE, "direction, 95 % interval")
     x = np.arange(len(hooks))
     top.plot(x, _series(rows, "null_shuffled_q95", hooks)[:, 0], color=GREY, ls=":", label="shuffled labels, 95th pct.")
-    top.plot(x, _series(rows, "null_random_q95", hooks)[:, 0], color=GREEN, ls=":", label="random directions, 95th pct.")
+    top.plot(
+        x, _series(rows, "null_random_q95", hooks)[:, 0], color=GREEN, ls=":", label="random directions, 95th pct."
+    )
     for metric, label, color, style in CONTROLS:
         value, low, high = _series(rows, metric, hooks[:1])[0] if hooks else (np.nan,) * 3
         top.axhline(value, color=color, ls=style, lw=1.2, label=f"{label} {value:.2f} [{low:.2f}, {high:.2f}]")
@@ -64,7 +68,9 @@ def layer_sweep(rows: Sequence[Measurement], *, title: str) -> "Figure":
     _band(bottom, _series(rows, "d_prime", hooks), BLUE, "d'")
     bottom.axhline(0, color="black", lw=0.6)
     bottom.set(ylabel="d' (within-class SDs)", xlabel="hook")
-    bottom.set_xticks(x, [_short(h) for h in hooks], rotation=45 if len(hooks) > 6 else 0, ha="right" if len(hooks) > 6 else "center")
+    bottom.set_xticks(
+        x, [_short(h) for h in hooks], rotation=45 if len(hooks) > 6 else 0, ha="right" if len(hooks) > 6 else "center"
+    )
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
         if chosen in hooks:
@@ -79,16 +85,19 @@ def projection_histogram(
 ) -> "Figure":
     """Held-out scores of both sides in within-class deviations of the fit; 0 is midway between the fitted means."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     edges = np.histogram_bin_edges(np.concatenate([pos, neg]), bins=min(30, max(8, len(pos) // 3)))
-    axes.hist(neg, edges, color=GREY, alpha=0.55, label=f"negative side (n={len(neg)})")
-    axes.hist(pos, edges, color=BLUE, alpha=0.55, label=f"positive side (n={len(pos)})")
+    axes.hist(neg, edges.tolist(), color=GREY, alpha=0.55, label=f"negative side (n={len(neg)})")
+    axes.hist(pos, edges.tolist(), color=BLUE, alpha=0.55, label=f"positive side (n={len(pos)})")
     axes.axvline(0, color="black", lw=0.8)
-    axes.set(xlabel="projection on the direction (within-class SDs, 0 = midpoint of the fitted means)", ylabel="prompts")
+    axes.set(
+        xlabel="projection on the direction (within-class SDs, 0 = midpoint of the fitted means)", ylabel="prompts"
+    )
     axes.set_title(f"{title}\nAUROC {area.value:.3f} [{area.low:.3f}, {area.high:.3f}]", fontsize=10)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
     return figure

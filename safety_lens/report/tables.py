@@ -34,8 +34,9 @@ def p_value(p: float) -> str:
 
 def direction_table(sets: Sequence["DirectionSet"]) -> Table:
     """One row per concept and method: the chosen hook with its evidence and controls."""
-    table = Table(title="Directions at the chosen hook, on held-out pairs (95 % intervals)", box=box.SIMPLE_HEAD)
-    columns = ("direction", "hook", "AUROC", "p, all\nhooks", "d'", "half-split\ncosine", "bag of\nwords", "pairs")
+    title = "Directions at the chosen hook, on held-out pairs (95 % intervals)"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    columns = ("direction", "hook", "AUROC", "p, all\nhooks", "d'", "AUROC,\nbag of words")
     for column in columns:
         table.add_column(column, overflow="fold")
     for s in sets:
@@ -50,29 +51,28 @@ def direction_table(sets: Sequence["DirectionSet"]) -> Table:
             with_interval(e.auroc).replace(" [", "\n["),
             p_value(e.p_max),
             with_interval(e.d_prime, 1).replace(" [", "\n["),
-            number(e.stability),
             with_interval(e.lexical).replace(" [", "\n["),
-            str(e.n),
         )
     return table
 
 
 def hook_table(s: "DirectionSet") -> Table:
-    """Every hook of one concept and method."""
-    table = Table(title=f"{s.concept}/{s.method} at every hook", box=box.SIMPLE_HEAD)
-    for column in ("hook", "AUROC", "p (all hooks)", "d'", "stability", "shuffled q95", "random q95", "norm"):
-        table.add_column(column)
+    """Every hook of one concept and method; the chosen one is marked."""
+    title = Text(f"{s.concept}/{s.method} at every hook (q95: what 95 % of shuffled fits or random directions reach)")
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("hook", "AUROC", "p, all", "d'", "halves", "shuffled\nq95", "random\nq95", "norm"):
+        table.add_column(column, overflow="fold", no_wrap=column == "hook")
     for hook, e in s.evidence.items():
-        mark = " ←" if s.choice is not None and s.choice.hook == hook else ""
+        mark = "→ " if s.choice is not None and s.choice.hook == hook else ""
         norm = s.directions[hook].norm if hook in s.directions else float("nan")
         table.add_row(
-            Text(hook + mark),
+            Text(mark + hook),
             with_interval(e.auroc),
             p_value(e.p_max),
             with_interval(e.d_prime, 1),
             number(e.stability),
             number(e.null_shuffled),
             number(e.null_random),
-            number(norm, 3),
+            f"{norm:.3g}" if norm == norm else "–",
         )
     return table
