@@ -70,9 +70,7 @@ def measure(options: dict[str, bool]) -> dict[str, float | bool]:
 
 def main() -> None:
     print("llama 100M in memory, float32, 2 threads; a fresh process per row")
-    print(
-        f"{'load_model':<28}{'extra MiB':>10}{'of weights':>12}{'peak MiB':>10}{'seconds':>9}  HF change seen"
-    )
+    print(f"{'load_model':<28}{'extra MiB':>10}{'of weights':>12}{'peak MiB':>10}{'seconds':>9}  HF change seen")
     for name, options in ROWS.items():
         command = [sys.executable, __file__, json.dumps(options)]
         row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])

@@ -21,7 +21,7 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import zoo
 
-from safety_lens.architectures import architecture_of
+from safety_lens.loading.architectures import architecture_of
 from safety_lens.models import hooks_at, load_model
 
 HEADER = ("model", "source", "fp32 max|Δ|", "bf16 HF", "bf16 ours", "ratio", "hidden l", "hidden last")

@@ -1,4 +1,4 @@
-"""The work that every reader in `extract.py` is given: 64 contrast prompts that share a prefix, as text and as tokens."""
+"""The work that every reader in `extract.py` is given: contrast prompts that share a prefix, as text and as tokens."""
 
 import json
 import random
