@@ -18,10 +18,10 @@ demo: $(STAMP)
 	$(BIN)/safety-lens demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q -m ''
+	$(BIN)/python -m pytest -q -n 2 -m ''
 	$(MAKE) docs
 
 check: $(STAMP)
@@ -31,7 +31,7 @@ check: $(STAMP)
 	$(MAKE) test
 
 docs: $(STAMP)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[bench]'
