@@ -301,3 +301,12 @@ def test_debug_shows_where_an_error_arose(ground: Ground, monkeypatch: pytest.Mo
     monkeypatch.setattr("sys.argv", ["safety-lens", "--debug", *extract(ground, "--method", "dimm")])
     with pytest.raises(DataError):
         main()
+
+
+def test_prompts_cut_on_request_are_counted_in_the_report(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*long_prompt(ground)[:-2], "--truncate", "--null-repeats", "20", "--out", ground.place()]
+    code, out, err = run(argv, monkeypatch, capsys)
+    assert code == 0, err
+    assert "1 prompts were cut to fit the model's context" in out

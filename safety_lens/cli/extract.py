@@ -10,6 +10,7 @@ from safety_lens.cli import options, terminal
 from safety_lens.errors import DataError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformer_lens import HookedTransformer
 
     from safety_lens.data import Concept
@@ -55,10 +56,13 @@ def extract(
     wanted_layers = parse_layers(layers)
     terminal.quiet_libraries()
 
+    from safetensors.torch import save_file
+
     from safety_lens.models import hooks_at, load_model
     from safety_lens.positions import parse_positions
     from safety_lens.probes.estimators import estimator
     from safety_lens.probes.extract import directions_from
+    from safety_lens.probes.reading import kept_rows
     from safety_lens.probes.selection import selector
     from safety_lens.probes.store import save_directions
 
@@ -74,8 +78,10 @@ def extract(
     everything = list(dict.fromkeys([*hooks, *kept]))
     template_kwargs = None if enable_thinking is None else {"enable_thinking": enable_thinking}
     acts = _read(hooked, concepts, everything, rule, truncate, template_kwargs, batch_size or "auto")
-    if kept:
+    rows: dict[str, Tensor] = {}
+    if kept:  # before the fits: a value too large for float16 must not cost them
         _announce_size(acts, kept, activations_dtype)
+        rows = {key: t for a in acts for key, t in kept_rows(a, kept, activations_dtype).items()}
     sets = _fit(
         lambda a, m: directions_from(
             hooked, a.at(hooks), method=m, select=select, seed=seed, null_repeats=null_repeats
@@ -86,8 +92,8 @@ def extract(
 
     def attach(folder: Path) -> None:
         _plots(folder, sets)
-        if kept:
-            _keep(folder, acts, kept, activations_dtype)
+        if rows:
+            save_file(rows, folder / "activations.safetensors")
 
     save_directions(out, sets, hooked, concepts=concepts, arguments=arguments, attach=attach, overwrite=overwrite)
     _report(sets, out, all_hooks, as_json)
@@ -185,14 +191,6 @@ def _announce_size(acts: "list[ConceptActivations]", hooks: list[str], dtype: st
 
     size = sum(kept_bytes(a, hooks, dtype) for a in acts)
     terminal.err.print(f"keeping {len(hooks)} hooks as {dtype}: {size / 2**20:.1f} MiB")
-
-
-def _keep(folder: Path, acts: "list[ConceptActivations]", hooks: list[str], dtype: str) -> None:
-    from safetensors.torch import save_file
-
-    from safety_lens.probes.reading import kept_rows
-
-    save_file({k: t for a in acts for k, t in kept_rows(a, hooks, dtype).items()}, folder / "activations.safetensors")
 
 
 def _plots(folder: Path, sets: "list[DirectionSet]") -> None:

@@ -146,11 +146,13 @@ def directions_from(
     evidence = _evidence(fit, acts, scores, seed, null_repeats)
     directions = {h: Direction(name, h, v, method, evidence[h]) for h, v in vectors.items() if v is not None}
     choice = choose(_candidates(model, fit, acts, directions, seed)) if directions else None
+    cut = (f"{acts.truncated} prompts were cut to fit the model's context",) if acts.truncated else ()
+    notes = (*acts.concept.notes, *cut)
     rows = [row for h in acts.hooks for row in _rows(f"{name}/{method}", h, evidence[h], directions.get(h), seed)]
     if choice is not None:
         rows += [replace(row, subject=f"{name}/{method}", seed=seed) for row in choice.measurements]
         rows.append(Measurement(f"{name}/{method}", "chosen", 1.0, hook=choice.hook, seed=seed, note=choice.reason))
-    return DirectionSet(name, method, directions, evidence, choice, tuple(rows), acts.concept.notes, scores)
+    return DirectionSet(name, method, directions, evidence, choice, tuple(rows), notes, scores)
 
 
 def _candidates(

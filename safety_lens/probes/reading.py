@@ -41,7 +41,10 @@ class Sides:
 
 @dataclass(frozen=True, eq=False)
 class ConceptActivations:
-    """A concept as a model sees it. sides: split → hook → rows; embedding: split → mean token embeddings."""
+    """A concept as a model sees it. sides: split → hook → rows; embedding: split → mean token embeddings.
+
+    truncated: distinct prompts whose user text was cut to fit the context.
+    """
 
     concept: Concept
     positions: Positions
@@ -49,6 +52,7 @@ class ConceptActivations:
     sides: dict[str, dict[str, Sides]]
     embedding: dict[str, Sides]
     length: dict[str, Sides]
+    truncated: int = 0
 
     def at(self, hooks: Sequence[str]) -> "ConceptActivations":
         """The same reading, restricted to some of its hooks."""
@@ -152,7 +156,9 @@ def _gather(
         sides[split] = {h: Sides(captured.acts[h][pos], captured.acts[h][neg], groups) for h in hooks}
         embedding[split] = Sides(embedded.acts[EMBEDDING][pos], embedded.acts[EMBEDDING][neg], groups)
         length[split] = Sides(lengths[pos], lengths[neg], groups)
-    return ConceptActivations(concept, positions, tuple(dict.fromkeys(hooks)), sides, embedding, length)
+    mine = {row for (_, index, _, _), rows in where.items() if index == c for row in rows}
+    truncated = sum(captured.encoded[row].truncated > 0 for row in mine)
+    return ConceptActivations(concept, positions, tuple(dict.fromkeys(hooks)), sides, embedding, length, truncated)
 
 
 STORED = {"float16": torch.float16, "float32": torch.float32}
