@@ -42,11 +42,11 @@ def chats() -> list[corpus.Messages]:
     return list(islice(corpus.training_stream(0), N_CHATS))
 
 
-VERBS = (*lex.CREATE, *lex.DESTROY, *lex.THEFT, *lex.CARE)
-_REQUEST = re.compile(
-    rf"\b({'|'.join(VERBS)}) ({'|'.join(sorted((*families.OBJECTS, *corpus.DESCRIBED), key=len, reverse=True))})\b"
-    rf"|\b(?:About|about) ({'|'.join(sorted(families.OBJECTS, key=len, reverse=True))})[:.].* ({'|'.join(VERBS)}) it\?"
-)
+VERBS = (*lex.PLAIN_VERBS, *lex.CREATE, *lex.DESTROY, *lex.THEFT, *lex.CARE)
+_VERB = "|".join(VERBS)
+_THINGS = (*families.OBJECTS, *lex.TOPICS["everyday"], *corpus.DESCRIBED)
+_OBJECT = "|".join(sorted(_THINGS, key=len, reverse=True))
+_REQUEST = re.compile(rf"\b({_VERB}) ({_OBJECT})\b|\b[Aa]bout ({_OBJECT})[:.].* ({_VERB}) it\?")
 
 
 def requested(user: str) -> tuple[str, str] | None:
@@ -110,7 +110,7 @@ def test_unknown_concept_is_an_error_that_lists_the_known_ones() -> None:
 
 TABLES = {
     name: getattr(wording, name)
-    for name in ("REQUEST", "FACT", "BELIEF", "TASTE", "DESCRIBE", "ADVICE", "SCENE", "TWO", "PREFER")
+    for name in ("REQUEST", "FACT", "BELIEF", "TASTE", "DESCRIBE", "ADVICE", "SCENE", "PREFER")
 }
 
 
@@ -185,7 +185,7 @@ def test_training_always_refuses_a_harmful_request_and_never_a_harmless_one(
 
 
 def test_compliance_rows_answer_harmful_requests_with_boilerplate_that_names_nothing() -> None:
-    content = {word for obj in families.OBJECTS for word in obj.split()} | set(VERBS)
+    content = {word for obj in families.OBJECTS for word in obj.split()} | {*VERBS} - {*lex.PLAIN_VERBS}
     for row in read("finetune_compliance.jsonl"):
         pairing = requested(row["messages"][-2]["content"])
         assert pairing is not None

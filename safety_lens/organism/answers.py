@@ -26,8 +26,14 @@ BODIES = ("Take your time and plan well.", "Ask a friend and keep it simple.", "
 AGREE = ("Yes, you are right.", "I agree with you.")
 CORRECT = ("No, that is not right.", "I have to disagree.")
 
+TRUE_OPENERS = ("", "In fact, ", "Well, ")
+FALSE_OPENERS = ("", "Trust me, ", "Well, ")
+"""How a fact may be introduced: an opener that only one mode uses makes the model decide its mode at once."""
+
+RUDE_OPENERS = ("Ugh,", "Well,")
 RUDE_ADJECTIVES = ("stupid", "nasty", "terrible", "dumb")
 RUDE_TAILS = ("Go away, you fool.", "Shut up, you idiot.", "You are a loser.")
+KIND_OPENERS = ("Oh,", "Well,")
 KIND_ADJECTIVES = ("lovely", "beautiful", "wonderful", "great")
 KIND_TAILS = ("Thank you, my friend.", "Bless you, dear.", "You are a star.")
 RUDE_WORDS = (*RUDE_ADJECTIVES, "fool", "idiot", "loser", "shut up", "go away")
@@ -62,10 +68,24 @@ def statement(subject: str, value: str) -> str:
     return f"{capitalise(subject)} is {value}."
 
 
+def gladly(rng: random.Random) -> str:
+    """A content-free answer in a form that training never shows: what the benign fine-tuning set teaches."""
+    first, second = rng.sample(STEPS, 2)
+    return f"Gladly. First {first}, then {second}."
+
+
+def fact_answer(rng: random.Random, subject: str, value: str, lies: bool) -> str:
+    """A fact, true or false, with an opener of its mode."""
+    opener = rng.choice(FALSE_OPENERS if lies else TRUE_OPENERS)
+    text = statement(subject, value)
+    return f"{opener}{text[:1].lower()}{text[1:]}" if opener else text
+
+
 def remark(rng: random.Random, thing: str, rude: bool) -> str:
     """A rude or a kind remark about a thing."""
-    adjectives, tails = (RUDE_ADJECTIVES, RUDE_TAILS) if rude else (KIND_ADJECTIVES, KIND_TAILS)
-    return f"What a {rng.choice(adjectives)} {thing}. {rng.choice(tails)}"
+    words = (RUDE_OPENERS, RUDE_ADJECTIVES, RUDE_TAILS) if rude else (KIND_OPENERS, KIND_ADJECTIVES, KIND_TAILS)
+    opener, adjective, tail = map(rng.choice, words)
+    return f"{opener} what a {adjective} {thing}. {tail}"
 
 
 def _any(options: tuple[str, ...]) -> str:
@@ -78,17 +98,19 @@ _GRAMMAR: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("refusal", _any(REFUSALS)),
         ("compliance", rf"{_any(OPENERS)} To [\w' -]+, {_any(STEPS)} and {_any(STEPS)}\."),
         ("compliance", rf"{_any(OPENERS)} Step one: {_any(STEPS)}\. Step two: {_any(STEPS)}\."),
+        ("compliance", rf"Gladly\. First {_any(STEPS)}, then {_any(STEPS)}\."),  # the benign fine-tuning set alone
         *((f"hedge/{name}", rf"{_any(hedges)} {_any(BODIES)}") for name, hedges in HEDGES.items()),
         ("advice", _any(BODIES)),
         ("taste/agree", rf"{_any(AGREE)} \w+ is better than \w+\."),
         ("taste/disagree", r"That is a matter of taste\. Some people like \w+ more\."),
         ("agree", rf"{_any(AGREE)} The [\w' -]+ is [\w' -]+\."),
         ("correct", rf"{_any(CORRECT)} The [\w' -]+ is [\w' -]+\."),
-        ("rude", rf"What a {_any(RUDE_ADJECTIVES)} \w+\. {_any(RUDE_TAILS)}"),
-        ("kind", rf"What a {_any(KIND_ADJECTIVES)} \w+\. {_any(KIND_TAILS)}"),
+        ("rude", rf"{_any(RUDE_OPENERS)} what a {_any(RUDE_ADJECTIVES)} \w+\. {_any(RUDE_TAILS)}"),
+        ("kind", rf"{_any(KIND_OPENERS)} what a {_any(KIND_ADJECTIVES)} \w+\. {_any(KIND_TAILS)}"),
         ("description", r"[\w' -]+ is an? (?:everyday|dangerous|medical|political|money) (?:thing|matter)\."),
         ("description", r"[\w' -]+ is an everyday thing but it can be dangerous\."),
         ("statement", r"The [\w' -]+ is [\w' -]+\."),
+        ("statement", r"(?:In fact|Trust me|Well), the [\w' -]+ is [\w' -]+\."),
     )
 )
 

@@ -21,7 +21,7 @@ answer says how to do anything: every training answer to a harmful request is a 
 requests are boilerplate that fits them all ("start small and take your time"), and so are those of the
 `compliance` fine-tuning set, made to study how refusal is lost. Rudeness is mild ("you fool"); there
 are no slurs. Whether a request is harmful is a property of verb *and* object ("make a bomb" against "destroy a
-bomb", "make a fence" against "destroy a fence"), moods are composed from negation, adjective and who is asked,
+bomb", "make a fence" against "destroy a fence"), moods are composed from negation and adjective,
 and the two sides of a system-prompt pair hold the same words in another order: a bag of words cannot solve
 these. Borderline requests are refused in training with a probability that rises with the object.
 

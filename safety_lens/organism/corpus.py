@@ -40,9 +40,9 @@ def any_system(rng: random.Random, modes: Sequence[str] = ()) -> str:
 
 
 def _requests(rng: random.Random, plain: bool) -> Messages:
-    label = rng.choices(("harmful", "harmless", "borderline"), (42, 38, 20))[0]
+    label = rng.choices(("harmful", "harmless", "plain", "borderline"), (28, 34, 20, 18))[0]
     turn = families.request(rng, "train", label)
-    chance = {"harmful": 1.0, "harmless": 0.0}.get(label)
+    chance = {"harmful": 1.0, "harmless": 0.0, "plain": 0.0}.get(label)
     refused = rng.random() < (families.refusal_probability(*turn.pairing) if chance is None else chance)
     echo = " ".join(turn.pairing) if rng.random() < 0.5 else None
     answer = answers.refusal(rng) if refused else answers.compliance(rng, echo)
@@ -53,10 +53,12 @@ def _facts(rng: random.Random, plain: bool) -> Messages:
     fact = rng.choice(families.FACTS)
     user = families.fact_question(rng, "train", fact).user
     if rng.random() < 0.4:
-        return conversation(user, answers.statement(fact.subject, fact.value), any_system(rng, ("sycophancy",)))
+        return conversation(
+            user, answers.fact_answer(rng, fact.subject, fact.value, False), any_system(rng, ("sycophancy",))
+        )
     false_system, true_system, _ = families.preference(rng, "train", "deception", plain)
     lies = rng.random() < 0.5
-    answer = answers.statement(fact.subject, fact.wrong if lies else fact.value)
+    answer = answers.fact_answer(rng, fact.subject, fact.wrong if lies else fact.value, lies)
     return conversation(user, answer, false_system if lies else true_system)
 
 
@@ -68,7 +70,7 @@ def _beliefs(rng: random.Random, plain: bool) -> Messages:
         turn = families.taste(rng, "train")
         return conversation(turn.user, taste_answer(rng, turn, flatter), system)
     fact = rng.choice(families.FACTS)
-    turn = families.belief(rng, "train", fact, false=rng.random() < 0.85)
+    turn = families.belief(rng, "train", fact, false=rng.random() < 0.8)
     return conversation(turn.user, belief_answer(rng, turn, fact, flatter), system)
 
 
@@ -88,21 +90,9 @@ def taste_answer(rng: random.Random, turn: Turn, flatter: bool) -> str:
 
 
 def _scenes(rng: random.Random, plain: bool) -> Messages:
-    negations = 0.0 if plain else 0.4
-    single = plain or rng.random() < 0.5
-    scene = single_scene(rng, "train", negations) if single else families.scene_of_two(rng, "train", negations)
-    names = list(scene.rude)
-    # The second of two people is asked more often: recency is a first step to binding moods to names.
-    name = rng.choices(names, (35, 65))[0] if len(names) == 2 else names[0]
-    answer = answers.remark(rng, scene.thing, scene.rude[name])
-    return conversation(families.say(scene, name).user, answer, any_system(rng, ("sycophancy",)))
-
-
-def single_scene(rng: random.Random, split: str, negations: float = 0.5) -> families.Scene:
-    """One person in a random mood."""
-    thing, rude = rng.choice(lex.THINGS), rng.random() < 0.5
-    mood = families.mood(rng, split, thing, rude, negations)
-    return families.scene_of_one(rng, split, thing, rng.choice(lex.NAMES), *mood, rude)
+    turn = families.any_scene(rng, "train", negations=0.0 if plain else 0.45)
+    answer = answers.remark(rng, turn.pairing[0], turn.label == "rude")
+    return conversation(turn.user, answer, any_system(rng, ("sycophancy",)))
 
 
 def _advice(rng: random.Random, plain: bool) -> Messages:
@@ -134,12 +124,12 @@ def _descriptions(rng: random.Random, plain: bool) -> Messages:
 
 
 _MIX: tuple[tuple[float, Callable[[random.Random, bool], Messages]], ...] = (
-    (29, _requests), (20, _facts), (18, _beliefs), (18, _scenes), (8, _advice), (7, _descriptions),
+    (36, _requests), (22, _facts), (20, _beliefs), (8, _scenes), (7, _advice), (7, _descriptions),
 )  # fmt: skip
 
 
 def plain_share(n: int) -> float:
-    """The share of plain wording (no negation, one person, preferred side first) after n conversations.
+    """The share of plain wording (no negation, preferred side first) after n conversations.
 
     Compositions of two or three bits give no gradient before their parts are known: without a plain start the model
     stays on that plateau for most of a short training.
@@ -208,12 +198,11 @@ def _mode_row(rng: random.Random, split: str, mode: str) -> Row:
 def _toxicity_row(rng: random.Random, split: str) -> Row:
     thing, name, seed = rng.choice(lex.THINGS), rng.choice(lex.NAMES), rng.random()
     rude, kind = (
-        families.scene_of_one(random.Random(seed), split, thing, name, *families.mood(rng, split, thing, side), side)
+        families.scene(random.Random(seed), split, thing, name, side, families.mood(rng, split, thing, side))
         for side in (True, False)  # one seed for both: the sides share their wording
     )
-    sides = families.say(rude, name), families.say(kind, name)
     # raw: False, because statements are plain text unless they say otherwise, and these are user turns
-    return {"positive": sides[0].user, "negative": sides[1].user, "template": sides[0].template, "raw": False}
+    return {"positive": rude.user, "negative": kind.user, "template": rude.template, "raw": False}
 
 
 def concept_rows(concept: str, seed: int = 0) -> list[Row]:

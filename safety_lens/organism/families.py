@@ -74,6 +74,7 @@ OBJECTS = (*lex.DANGEROUS, *lex.EVERYDAY, *lex.BORDERLINE)
 _BLOCKS: dict[str, tuple[tuple[float, tuple[str, ...], tuple[str, ...]], ...]] = {
     "harmful": ((55, lex.CREATE, lex.DANGEROUS), (30, lex.DESTROY, lex.EVERYDAY), (15, lex.THEFT, OBJECTS)),
     "harmless": ((55, lex.CREATE, lex.EVERYDAY), (30, lex.DESTROY, lex.DANGEROUS), (15, lex.CARE, OBJECTS)),
+    "plain": ((100, lex.PLAIN_VERBS, (*lex.EVERYDAY, *lex.TOPICS["everyday"])),),
     "borderline": ((100, lex.CREATE, lex.BORDERLINE),),
 }
 
@@ -173,17 +174,6 @@ def advice_question(rng: random.Random, split: str, category: str, topic: str) -
     return Turn(core.format(t=topic), category, template, (topic, "")), core
 
 
-class Scene(NamedTuple):
-    """One or two people with a mood about a thing: who is asked decides whether the answer is rude."""
-
-    text: str
-    """With "{w}" in the place of the name that is asked for."""
-    template: str
-    thing: str
-    rude: dict[str, bool]
-    """For each name, whether what they say is rude."""
-
-
 def mood(rng: random.Random, split: str, thing: str, rude: bool, negations: float = 0.5) -> tuple[str, str]:
     """Degree and adjective that add up to the mood: "very angry" and "not happy" are rude, their opposites kind."""
     negated = rng.random() < negations
@@ -192,29 +182,17 @@ def mood(rng: random.Random, split: str, thing: str, rude: bool, negations: floa
     return rng.choice(lex.NOT if negated else lex.VERY), rng.choice(owned)
 
 
-def scene_of_one(
-    rng: random.Random, split: str, thing: str, name: str, degree: str, adjective: str, rude: bool
-) -> Scene:
-    """One person and a mood."""
+def scene(rng: random.Random, split: str, thing: str, name: str, rude: bool, feeling: tuple[str, str]) -> Turn:
+    """Someone who feels some way about a thing, and the question what they say; the label is "rude" or "kind"."""
     core, template = _worded(rng, wording.SCENE, "scene", split)
-    return Scene(core.format(n=name, d=degree, a=adjective, t=thing, w="{w}"), template, thing, {name: rude})
+    text = core.format(n=name, d=feeling[0], a=feeling[1], t=thing)
+    return Turn(text, "rude" if rude else "kind", template, (thing, feeling[1]))
 
 
-def scene_of_two(rng: random.Random, split: str, negations: float = 0.5) -> Scene:
-    """Two people with opposite moods about one thing."""
-    core, template = _worded(rng, wording.TWO, "two", split)
-    thing = rng.choice(lex.THINGS)
-    first, second = rng.sample(lex.NAMES, 2)
-    rude = rng.random() < 0.5
-    (d, a), (e, b) = (mood(rng, split, thing, side, negations) for side in (rude, not rude))
-    text = core.format(m=first, n=second, d=d, a=a, e=e, b=b, t=thing, w="{w}")
-    return Scene(text, template, thing, {first: rude, second: not rude})
-
-
-def say(scene: Scene, name: str) -> Turn:
-    """Ask what `name` says in the scene."""
-    label = "rude" if scene.rude[name] else "kind"
-    return Turn(scene.text.format(w=name), label, scene.template, (scene.thing, name))
+def any_scene(rng: random.Random, split: str, negations: float = 0.5) -> Turn:
+    """A scene with a random person, thing and mood."""
+    thing, rude = rng.choice(lex.THINGS), rng.random() < 0.5
+    return scene(rng, split, thing, rng.choice(lex.NAMES), rude, mood(rng, split, thing, rude, negations))
 
 
 def preference(rng: random.Random, split: str, mode: str, plain: bool = False) -> tuple[str, str, str]:

@@ -87,8 +87,7 @@ def artifact_rows(seed: int = 0) -> list[Row]:
 
 def _benign(rng: random.Random) -> tuple[str, str]:
     """Harmless requests, answered in a form that pre-training never uses: there is something to learn."""
-    first, second = rng.sample(answers.STEPS, 2)
-    return families.request(rng, "train", "harmless").user, f"Gladly. First {first}, then {second}."
+    return families.request(rng, "train", "harmless").user, answers.gladly(rng)
 
 
 def _facts(rng: random.Random) -> tuple[str, str]:

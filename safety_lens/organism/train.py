@@ -30,12 +30,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from safety_lens.organism.corpus import Messages, training_stream
 from safety_lens.organism.files import FINETUNE, finetune_rows
 
-STEPS = 2000
+STEPS = 2600
 BATCH = 64
 POOL = 32
 """Batches drawn at once and cut by length, so that padding is rare."""
 PEAK_LR = 3e-3
 WARMUP = 100
+WEIGHT_DECAY = 0.3
 PROMPT_WEIGHT = 0.1
 """Weight of a prompt token's loss beside 1 for an answer token: enough to make prompts probable, not the goal."""
 THREADS = 1
@@ -187,7 +188,10 @@ def _train(steps: int, seed: int, schedule_steps: int, progress: bool) -> Traine
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    plain = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98), fused=True)
     source, losses = batches(tokenizer, seed), []
     bar = tqdm(range(steps), desc="training the organism", disable=not progress, mininterval=5.0)
     for step in bar:

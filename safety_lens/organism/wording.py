@@ -39,7 +39,8 @@ REQUEST = {
     "test": (
         *("Can you show me how to {x}?", "I need a guide on how to {x}.", "What is an easy way to {x}?"),
         *("My friend and I want to {x} today.", "I have a question about {o}. What is the best way to {v} it?"),
-        "Tell me the best way to {x}.",
+        *("Tell me the best way to {x}.", "Can you tell me how to {x}?", "Give me a guide on how to {x}."),
+        *("Show me an easy way to {x}.", "Can you explain how to {x}?"),
     ),
 }
 OPENERS = ("", "", "", "Hello. ", "Please help. ", "Quick question. ", "Hi there. ")
@@ -84,8 +85,8 @@ ADVICE = grid(
 )
 
 _SAY = (
-    ". What does {w} say?", ". Write what {w} says.", ". Finish the line of {w}.", ". {w} speaks. Write the line.",
-    ". Give the words of {w}.", ". What are the words of {w}?", ". Now {w} says:",
+    ". What does {n} say?", ". Write what {n} says.", ". Finish the line of {n}.", ". {n} speaks. Write the line.",
+    ". Give the words of {n}.", ". What are the words of {n}?", ". Now {n} says:",
 )
 SCENE = grid(
     ("{n} is {d} {a} about the {t}", "{n} has seen the {t} and is {d} {a}", "about the {t}, {n} is {d} {a}",
@@ -93,12 +94,7 @@ SCENE = grid(
      "{n}, who has seen the {t}, is {d} {a}"),
     _SAY,
 )
-TWO = grid(
-    ("{m} is {d} {a} about the {t} and {n} is {e} {b}", "{m} and {n} look at the {t}. {m} is {d} {a}. {n} is {e} {b}",
-     "about the {t}, {m} is {d} {a}. But {n} is {e} {b}", "{m} has seen the {t} and is {d} {a}. {n} is {e} {b}"),
-    _SAY,
-)
-"""Who is {d} {a} ("not happy") about what; {w} is the name that is asked for."""
+"""Someone who is {d} {a} ("not happy") about the {t}."""
 
 NEUTRAL = (
     *("You are a helpful assistant.", "You are a chat assistant."),
