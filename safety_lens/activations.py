@@ -20,10 +20,11 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from safety_lens.batching import check_batch_size, length_batches, prefix_groups
 from safety_lens.data import Encoded, encode
 from safety_lens.errors import DataError, ModelError
+from safety_lens.frames import running, whole
 from safety_lens.kv import Span, can_run_span, expanded, right_padded, span_input
-from safety_lens.models import check_hooks
+from safety_lens.models import check_hooks, named_hooks
 from safety_lens.positions import Positions, last_token
-from safety_lens.types import FwdHook, Prompt
+from safety_lens.types import FwdHook, NamedHook, Prompt
 
 TOKEN_BUDGET = {"cpu": 1024, "mps": 4096, "cuda": 16384}
 """Padded tokens in one forward by device; larger CPU batches only move memory, larger GPU batches fill it."""
@@ -139,14 +140,15 @@ def capture(
         HookNameError: a hook the model does not have.
         ModelError: a hook without a token axis (attention patterns and scores).
     """
-    check_hooks(model, [*hooks, *(name for name, _ in edits)])
+    check_hooks(model, hooks)
+    named = named_hooks(model, edits)
     if not prompts:
         raise DataError("there are no prompts to read")
     if not hooks:
         raise DataError("there are no hooks to read")
     check_batch_size(batch_size)
     encoded = encode_for(model, prompts, raw=raw, truncate=truncate, template_kwargs=template_kwargs)
-    run = _Run(model, encoded, tuple(dict.fromkeys(hooks)), positions, batch_size, edits)
+    run = _Run(model, encoded, tuple(dict.fromkeys(hooks)), positions, batch_size, named)
     with torch.no_grad():
         for prefix, rows in prefix_groups([e.ids for e in encoded], run.limits(reuse_prefix)):
             cache = run.prefix_cache(encoded[rows[0]].ids[:prefix]) if prefix else None
@@ -167,7 +169,7 @@ class _Run:
         hooks: tuple[str, ...],
         positions: Positions,
         batch_size: int | str,
-        edits: Sequence[FwdHook],
+        edits: Sequence[NamedHook],
     ) -> None:
         self.model, self.encoded, self.hooks, self.mean, self.edits = model, encoded, hooks, positions.mean, edits
         self.batch_size = batch_size
@@ -229,7 +231,9 @@ class _Run:
         begins, span = [prefix] * len(batch), self._span(batch, prefix, tokens.shape[1])
         if self.stop is None or span is None:
             readers = self._readers(self.hooks, batch, begins, tokens.shape[1])
-            with self.model.hooks(fwd_hooks=[*self.edits, *readers]):
+            asked = [len(e.ids) if e.answer is None else e.answer[0] for e in (self.encoded[i] for i in batch)]
+            frame = whole(mask, *(torch.tensor(numbers, device=self.device) for numbers in (asked, batch)))
+            with running(frame), self.model.hooks(fwd_hooks=[*self.edits, *readers]):
                 run(tokens, attention_mask=mask, past_kv_cache=past, stop_at_layer=self.stop)
             return
         last = self.stop - 1

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
+from safety_lens.loading.attention import ROTATED
+
 
 class Span(NamedTuple):
     """Columns of a padded batch that are read: in row b, `length` of them from `first[b]` on."""
@@ -50,8 +52,24 @@ def expanded(model: HookedTransformer, cache: TransformerLensKeyValueCache, n: i
     for mine, theirs in zip(out.entries, cache.entries, strict=True):
         mine.past_keys = theirs.past_keys.expand(n, -1, -1, -1)
         mine.past_values = theirs.past_values.expand(n, -1, -1, -1)
+        if hasattr(theirs, ROTATED):
+            setattr(mine, ROTATED, getattr(theirs, ROTATED).expand(n, -1, -1, -1))
     out.previous_attention_mask = cache.previous_attention_mask.expand(n, -1)
     out.freeze()
+    return out
+
+
+def picked(
+    model: HookedTransformer, cache: TransformerLensKeyValueCache, rows: Int[Tensor, " row"]
+) -> TransformerLensKeyValueCache:
+    """A cache that holds these rows of another, in this order; a row may come several times."""
+    rows = rows.to(cache.previous_attention_mask.device)
+    out = TransformerLensKeyValueCache.init_cache(model.cfg, rows.device, len(rows))
+    for mine, theirs in zip(out.entries, cache.entries, strict=True):
+        mine.past_keys, mine.past_values = theirs.past_keys[rows], theirs.past_values[rows]
+        if hasattr(theirs, ROTATED):
+            setattr(mine, ROTATED, getattr(theirs, ROTATED)[rows])
+    out.previous_attention_mask = cache.previous_attention_mask[rows]
     return out
 
 

@@ -30,6 +30,7 @@ from safety_lens.loading.hub import (
     revision_of,
 )
 from safety_lens.loading.refusals import refuse_unreadable
+from safety_lens.types import FwdHook, NamedHook
 
 POINTS = {
     "resid_pre": "hook_resid_pre",
@@ -208,3 +209,19 @@ def check_hooks(model: HookedTransformer, names: Iterable[str]) -> None:
         for ending, flag in _NEEDS_FLAG.items():
             if name.endswith(ending) and not getattr(model.cfg, flag):
                 raise HookNameError(f"hook {name!r} fires only with model.cfg.{flag}, which is off")
+
+
+def named_hooks(model: HookedTransformer, hooks: Iterable[FwdHook]) -> list[NamedHook]:
+    """Forward hooks with every filter of names replaced by the names it lets through, all of them checked.
+
+    Raises:
+        HookNameError: a name that the model does not have, or a filter that lets none through.
+    """
+    out: list[NamedHook] = []
+    for name, fn in hooks:
+        names = [name] if isinstance(name, str) else [at for at in model.hook_dict if name(at)]
+        if not names:
+            raise HookNameError(f"no hook of this model passes the filter {getattr(name, '__name__', name)}")
+        check_hooks(model, names)
+        out += [(at, fn) for at in names]
+    return out

@@ -14,5 +14,9 @@ class Message(TypedDict):
 Prompt = str | Sequence[Message]
 """A user turn (str), or a whole conversation. A conversation that ends with an assistant turn is a prefilled answer."""
 
-FwdHook = tuple[str, Callable[..., Any]]
-"""TransformerLens' own `fwd_hooks` entry: (hook name, function of (activation, hook) returning a new activation)."""
+FwdHook = tuple[str | Callable[[str], bool], Callable[..., Any]]
+"""TransformerLens' own `fwd_hooks` entry: (hook name or a filter of names, function of (activation, hook) returning a
+new activation)."""
+
+NamedHook = tuple[str, Callable[..., Any]]
+"""A forward hook whose name is spelt out."""

@@ -237,8 +237,8 @@ def test_progress_adds_up_to_the_number_of_prompts() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens >= 1"),
-        ({"temperature": -1.0}, "temperature >= 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be 1"),
+        ({"temperature": -1.0}, "temperature must be 0"),
         ({"max_new_tokens": 126}, "prompt 0 has 3 tokens; with 126 new ones it exceeds the model's context of 128"),
         ({"batch_size": 0}, "positive number, got 0"),
         ({"batch_size": "all"}, "got 'all'"),

@@ -19,7 +19,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-import safety_lens.loading.components as components
+import safety_lens.loading.attention as attention
 import safety_lens.loading.hooked as hooked
 from safety_lens.errors import HookNameError, ModelError, SafetyLensError, WeightSyncError
 from safety_lens.loading.architectures import architecture_of
@@ -199,12 +199,12 @@ def test_inputs_longer_than_the_position_tables_are_an_error_that_names_the_limi
 
 
 def test_rotary_tables_grow_on_demand_and_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(components, "_FIRST_LENGTH", 4)
+    monkeypatch.setattr(attention, "_FIRST_LENGTH", 4)
     hf = zoo.make("gemma3_linear")
     model = load_model(hf, check=False)
-    assert len(model.blocks[0].attn.rotary_cos) == 4
+    assert len(model.blocks[0].attn.table.cos) == 4
     assert_float32_parity(hf, model)
-    assert len(model.blocks[0].attn.rotary_cos) >= 24
+    assert len(model.blocks[0].attn.table.cos) >= 24
     tables = {id(block.attn.table) for block in model.blocks}
     assert len(tables) == 2  # one for global and one for local layers, whatever the depth
 
@@ -380,13 +380,13 @@ def test_one_wrong_view_is_caught_at_load_with_both_numbers(
 
 
 def test_the_check_sees_a_rotary_table_of_another_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = components.RotaryTable.upto
+    original = attention.RotaryTable.upto
 
     def stretched(self: Any, length: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = original(self, length, like)
         return cos.roll(1, 0), sin
 
-    monkeypatch.setattr(components.RotaryTable, "upto", stretched)
+    monkeypatch.setattr(attention.RotaryTable, "upto", stretched)
     with pytest.raises(WeightSyncError):
         load_model(zoo.make("llama"))
 

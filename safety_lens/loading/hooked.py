@@ -20,14 +20,13 @@ from transformers import PreTrainedModel
 
 from safety_lens.errors import WeightSyncError
 from safety_lens.loading.architectures import architecture_of, rope_parameters, settings, weights
+from safety_lens.loading.attention import FaithfulAttention, FaithfulGroupedQueryAttention, PerForward, RotaryTable
 from safety_lens.loading.components import (
     BoundedPosEmbed,
-    FaithfulAttention,
-    FaithfulGroupedQueryAttention,
     FaithfulLayerNorm,
     FusedGatedMLP,
+    FusedRMSNorm,
     OffsetRMSNorm,
-    RotaryTable,
     ScaledEmbed,
 )
 
@@ -113,18 +112,21 @@ def _attach_buffers(model: HookedTransformer, hf: PreTrainedModel, device: torch
 
 
 def _swap_modules(model: HookedTransformer, offset_norms: bool) -> None:
+    shared: dict[str, PerForward] = {}
     for index, block in enumerate(model.blocks):
         grouped = model.cfg.n_key_value_heads is not None
         attention = FaithfulGroupedQueryAttention if grouped else FaithfulAttention
         block.attn = attention(model.cfg, block.attn.attn_type, index)
+        block.attn.shared = shared.setdefault(block.attn.attn_type, PerForward())
         if type(block.mlp) is GatedMLP:
             block.mlp = FusedGatedMLP(model.cfg)
     for name, module in list(model.named_modules()):
         owner, _, leaf = name.rpartition(".")
         if type(module) is LayerNorm:
             setattr(model.get_submodule(owner), leaf, FaithfulLayerNorm(model.cfg, module.length))
-        elif type(module) is RMSNorm and offset_norms:
-            setattr(model.get_submodule(owner), leaf, OffsetRMSNorm(model.cfg, module.length))
+        elif type(module) is RMSNorm:
+            norm = OffsetRMSNorm if offset_norms else FusedRMSNorm
+            setattr(model.get_submodule(owner), leaf, norm(model.cfg, module.length))
     if offset_norms:
         model.embed = ScaledEmbed(model.cfg)
     if model.cfg.positional_embedding_type == "standard":

@@ -84,9 +84,9 @@ def read_model(base: str, *, dtype: torch.dtype | None, device: torch.device) ->
     Raises:
         ModelError: unreadable, unsupported, pickled, or with weights missing or left over (named).
     """
-    _refuse_pickles(Path(base).expanduser())
+    refuse_pickles(Path(base).expanduser())
     options = {"trust_remote_code": False}
-    with _quietly(local=Path(base).exists()):
+    with quietly(local=Path(base).exists()):
         try:
             config = AutoConfig.from_pretrained(base, **options)
             architecture_named(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type))
@@ -96,7 +96,7 @@ def read_model(base: str, *, dtype: torch.dtype | None, device: torch.device) ->
         except ModelError:
             raise
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelError(f"cannot load the model {base}: {_first_line(error)}") from error
+            raise ModelError(f"cannot load the model {base}: {first_line(error)}") from error
     _refuse_mismatch(base, info)
     if next(hf.parameters()).device.type != device.type:  # quantised models refuse even a .to() that does nothing
         hf.to(device)
@@ -109,12 +109,12 @@ def revision_of(base: str) -> str | None:
     return Path(cached).parent.name if isinstance(cached, str) else None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
-def _refuse_pickles(folder: Path) -> None:
+def refuse_pickles(folder: Path) -> None:
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -135,7 +135,7 @@ def _refuse_mismatch(base: str, info: dict[str, object]) -> None:
 
 
 @contextmanager
-def _quietly(local: bool) -> Iterator[None]:
+def quietly(local: bool) -> Iterator[None]:
     """transformers' load report says in a log what we raise; its bars stay on for downloads."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
@@ -163,11 +163,11 @@ def read_tokenizer(base: str, adapter: str | None = None) -> PreTrainedTokenizer
             continue
         if place is adapter and not folder.is_dir():
             continue  # hub adapters seldom carry one, and asking costs a download
-        with _quietly(local=True):
+        with quietly(local=True):
             try:
                 return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(place, trust_remote_code=False))
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ModelError(f"cannot load the tokenizer of {place}: {_first_line(error)}") from error
+                raise ModelError(f"cannot load the tokenizer of {place}: {first_line(error)}") from error
     return None
 
 
@@ -194,12 +194,12 @@ def put_adapter(
     if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"{place} has no adapter_model.safetensors (pickled adapters are not loaded)")
     base = hf if owned else Shadow(hf).model
-    with warnings.catch_warnings(record=True) as caught, _quietly(local=True):
+    with warnings.catch_warnings(record=True) as caught, quietly(local=True):
         warnings.simplefilter("always")
         try:
             live = PeftModel.from_pretrained(base, place)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise ModelError(f"cannot load the adapter {place}: {_first_line(error)}") from error
+            raise ModelError(f"cannot load the adapter {place}: {first_line(error)}") from error
     missing = [str(entry.message) for entry in caught if "missing adapter keys" in str(entry.message)]
     if missing:
         raise ModelError(f"the adapter {place} does not fit this model: {missing[0][:200]}")
@@ -235,6 +235,6 @@ def parse_device(device: torch.device | str) -> torch.device:
         usable = "auto, cpu" + (", cuda" if torch.cuda.is_available() else "")
         usable += ", mps" if torch.backends.mps.is_available() else ""
         raise ModelError(
-            f"device {str(device)!r} cannot be used here ({_first_line(error)}); usable: {usable}"
+            f"device {str(device)!r} cannot be used here ({first_line(error)}); usable: {usable}"
         ) from error
     return torch.device(device)
