@@ -47,8 +47,10 @@ def fingerprint(model: "HookedTransformer") -> dict[str, Any]:
     """
     import torch
 
+    from safety_lens.streaming import whole_parameters
+
     digest = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
+    for name, p in whole_parameters(model):
         flat = p.detach().reshape(-1)
         step = -(-flat.numel() // SAMPLE) if flat.numel() else 1
         values = flat[::step].to(torch.bfloat16).cpu().contiguous()
@@ -112,16 +114,7 @@ def save_artifact(
     """
     path = Path(path)
     check_place(path, overwrite)
-    manifest: dict[str, Any] = {
-        "schema": SCHEMA,
-        "kind": kind,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "arguments": dict(arguments or {}),
-        **dict(extra or {}),
-    }
-    if model is not None:
-        manifest |= {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(model.tokenizer)}
+    manifest = _manifest(kind, model, arguments, extra)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
@@ -138,6 +131,45 @@ def save_artifact(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def seal(
+    folder: Path,
+    kind: str,
+    *,
+    model: "HookedTransformer | None" = None,
+    measurements: Sequence[Measurement] = (),
+    arguments: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Make a folder that long work has filled bit by bit an artifact: the manifest comes last and at once.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    try:
+        _write_content(folder, kind, {}, measurements, _manifest(kind, model, arguments, extra))
+    except OSError as error:
+        raise ArtifactError(f"cannot write {folder}: {error.strerror or error}; what is there is kept") from error
+
+
+def _manifest(
+    kind: str,
+    model: "HookedTransformer | None",
+    arguments: Mapping[str, Any] | None,
+    extra: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    manifest: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": kind,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "arguments": dict(arguments or {}),
+        **dict(extra or {}),
+    }
+    if model is not None:
+        manifest |= {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(model.tokenizer)}
+    return manifest
 
 
 def check_place(path: Path, overwrite: bool = False) -> None:
@@ -171,11 +203,15 @@ def _write_content(
             {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, folder / f"{kind}.safetensors"
         )
     write_measurements(folder / MEASUREMENTS, measurements)
-    manifest["files"] = {f.name: sha256_of(f) for f in sorted(folder.iterdir())}
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+    manifest["files"] = {
+        f.name: sha256_of(f) for f in sorted(folder.iterdir()) if f.is_file() and not f.name.startswith(".")
+    }
+    unfinished = folder / f".{MANIFEST}"
+    with unfinished.open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
+    unfinished.replace(folder / MANIFEST)
 
 
 def _move_into_place(temporary: Path, path: Path) -> None:

@@ -51,28 +51,32 @@ class Finding:
         )
 
 
-def _gap(a: torch.Tensor, b: torch.Tensor) -> Gap:
+def gap_between(a: torch.Tensor, b: torch.Tensor) -> Gap:
     return Gap(float((a - b).abs().max()), float(b.double().pow(2).mean().sqrt()))
 
 
 def examine(model: HookedTransformer, prompts: Sequence[str] = PROMPTS) -> list[Finding]:
-    """Run every check; the model is left as found."""
-    encoded = encode_for(model, prompts)
+    """Run every check of reading and generating; the model is left as found."""
+    return [*run_checks(model, CHECKS, encode_for(model, prompts)), _template_finding(model)]
+
+
+def run_checks(model: HookedTransformer, checks: "Sequence[Listed]", encoded: list[Encoded]) -> list[Finding]:
+    """Run checks, each against the tolerance of the model's dtype, or bit for bit."""
     tolerance = TOLERANCE.get(model.cfg.dtype, TOLERANCE[torch.bfloat16])
     findings = []
-    for name, check, exact, what in CHECKS:
+    for name, check, exact, what in checks:
         gap = check(model, encoded)
         relative = gap.largest / gap.scale if gap.scale else gap.largest
         allowed = 0.0 if exact else tolerance
         findings.append(Finding(name, relative <= allowed, relative, allowed, what))
-    return [*findings, _template_finding(model)]
+    return findings
 
 
 def _batch_is_single(model: HookedTransformer, encoded: list[Encoded]) -> Gap:
     hook = hooks_at(model)[-1]
     together = capture(model, encoded, [hook], reuse_prefix=False).acts[hook]
     alone = torch.cat([capture(model, [e], [hook]).acts[hook] for e in encoded])
-    return _gap(together, alone)
+    return gap_between(together, alone)
 
 
 def _prefix_reuse(model: HookedTransformer, encoded: list[Encoded]) -> Gap:
@@ -80,7 +84,7 @@ def _prefix_reuse(model: HookedTransformer, encoded: list[Encoded]) -> Gap:
     ends = [e.ids[-3:] for e in encoded]
     joined = [Encoded((encoded[0].ids * 8)[:96] + end, "", None, None) for end in ends for _ in range(4)]
     reused, plain = (capture(model, joined, [hook], reuse_prefix=reuse).acts[hook] for reuse in (True, False))
-    return _gap(reused, plain)
+    return gap_between(reused, plain)
 
 
 def _cached_text(model: HookedTransformer, encoded: list[Encoded]) -> Gap:
@@ -102,7 +106,7 @@ def _zero_edit(model: HookedTransformer, encoded: list[Encoded]) -> Gap:
         plain = model(tokens, attention_mask=mask)
         with model.hooks(fwd_hooks=zero):
             edited = model(tokens, attention_mask=mask)
-    return _gap(edited, plain)
+    return gap_between(edited, plain)
 
 
 def _read_is_write(model: HookedTransformer, encoded: list[Encoded]) -> Gap:
@@ -126,13 +130,13 @@ def _before_final_norm(model: HookedTransformer, encoded: list[Encoded]) -> Gap:
     cap = model.cfg.output_logits_soft_cap
     if cap > 0:
         rebuilt = cap * torch.tanh(rebuilt / cap)
-    return _gap(rebuilt, logits)
+    return gap_between(rebuilt, logits)
 
 
 def _deterministic(model: HookedTransformer, encoded: list[Encoded]) -> Gap:
     hook = hooks_at(model)[-1]
     first, second = (capture(model, encoded, [hook]).acts[hook] for _ in range(2))
-    return _gap(first, second)
+    return gap_between(first, second)
 
 
 def _hooks_removed(model: HookedTransformer, encoded: list[Encoded]) -> Gap:
@@ -156,7 +160,10 @@ def _hooks_removed(model: HookedTransformer, encoded: list[Encoded]) -> Gap:
 
 
 Check = Callable[[HookedTransformer, list[Encoded]], Gap]
-CHECKS: tuple[tuple[str, Check, bool, str], ...] = (
+Listed = tuple[str, Check, bool, str]
+"""A check: its name, its function, whether it must hold bit for bit, what it says."""
+
+CHECKS: tuple[Listed, ...] = (
     ("batch_is_single", _batch_is_single, False, "a prompt in a padded batch reads as it does alone"),
     ("prefix_reuse", _prefix_reuse, False, "running a shared prefix once changes nothing"),
     ("cached_text", _cached_text, False, "tokens chosen with the cache are the best without it"),

@@ -21,7 +21,8 @@ class Measurement:
     """One number: what of what, its interval, and where it was taken.
 
     subject: what was measured ("refusal/dim"). metric: its name ("auroc"). value, low, high: NaN where unknown.
-    n: examples behind it. hook, split, step, seed: None where they do not apply. note: a remark in plain words.
+    n: examples behind it. hook, split, step, seed, coeff (strength of an edit): None where they do not apply. note: a
+    remark in plain words.
     """
 
     subject: str
@@ -35,6 +36,7 @@ class Measurement:
     step: int | None = None
     seed: int | None = None
     note: str | None = None
+    coeff: float | None = None
 
     def to_json(self) -> str:
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}

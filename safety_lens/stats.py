@@ -225,7 +225,7 @@ class PermutationResult(NamedTuple):
     p_max: Float[np.ndarray, " hook"]
 
 
-def _sign_flips(n: int, repeats: int, seed: int) -> Int[np.ndarray, "k n"]:
+def sign_flips(n: int, repeats: int, seed: int) -> Int[np.ndarray, "k n"]:
     """0/1 per unit: every pattern but the identity where there are few, else seeded draws."""
     if 2**n <= repeats:
         return (np.arange(1, 2**n)[:, None] >> np.arange(n)) & 1
@@ -256,7 +256,7 @@ def auroc_permutation(
     # Swapping labels moves no rank: the permuted rank sum of the positives is a matrix product.
     labels = [str(c) for c in clusters] if clusters is not None else [str(i) for i in range(n)]
     names, index = np.unique(labels, return_inverse=True)
-    flips = _sign_flips(len(names), repeats, seed)[:, index]
+    flips = sign_flips(len(names), repeats, seed)[:, index]
     observed = ranks[:, :n].sum(1)
     permuted = observed + flips @ (ranks[:, n:] - ranks[:, :n]).T
     total = 1 + len(flips)

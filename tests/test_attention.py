@@ -1,5 +1,7 @@
 """The fused way through attention, norms and gated MLPs against TransformerLens' own way, which hooks switch on."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import zoo
@@ -45,7 +47,7 @@ def test_a_cache_may_be_filled_by_either_way_in_any_order(name: str, watched_ste
     with torch.no_grad():
         whole = model(tokens, attention_mask=mask)[:, -1]
         cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", len(tokens))
-        for step, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        for step, (start, end) in enumerate(pairwise(cuts)):
             hooks = watching(model) if step in watched_steps else []
             with model.hooks(fwd_hooks=hooks):
                 logits = model(tokens[:, start:end], attention_mask=mask[:, start:end], past_kv_cache=cache)

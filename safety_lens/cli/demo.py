@@ -1,11 +1,14 @@
 """`safety-lens demo`: the whole story on the shipped organism, offline, in minutes."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from safety_lens.cli import extract, options, terminal
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
 
 QUESTIONS = ("harmful", "borderline", "harmless")
 
@@ -15,13 +18,16 @@ def demo(
     seed: options.Seed = 0,
     device: options.Device = "auto",
 ) -> None:
-    """Extract every built-in concept on the organism: tables here, plots and artifacts in the folder.
+    """Find, push, remove and suppress concepts in the organism: tables here, plots and artifacts in the folder.
 
     The organism is a toy that was trained for this: its numbers are about the toy.
     """
+    from safety_lens.cli.demo_steering import steering
+    from safety_lens.cli.demo_suppression import suppression
     from safety_lens.organism import CONCEPTS
 
-    _let_it_speak(seed, device)
+    model = _let_it_speak(seed, device)
+    terminal.out.print("\n[bold]1. Where are the concepts?[/bold] Directions on held-out pairs, with controls.")
     extract.extract(
         out=out / "directions",
         concept=list(CONCEPTS),
@@ -30,11 +36,13 @@ def demo(
         seed=seed,
         device=device,
     )
-    terminal.out.print(f"plots: {out / 'directions'}/*.png", markup=False)
+    steering(model, out, seed)
+    suppression(model, out, seed)
+    terminal.out.print(f"\nplots: {out / 'directions'}/*.png, {out / 'plots'}/*.png", markup=False)
     terminal.out.print("next: safety-lens extract --model YOUR_MODEL --pairs YOUR_PAIRS.jsonl --out runs/yours")
 
 
-def _let_it_speak(seed: int, device: str) -> None:
+def _let_it_speak(seed: int, device: str) -> "HookedTransformer":
     """One held-out prompt of each kind with the organism's answer (free of content by construction)."""
     import json
     import random
@@ -52,3 +60,4 @@ def _let_it_speak(seed: int, device: str) -> None:
     terminal.out.print("The organism, asked in wording it was not trained on:")
     for row, answer in zip(chosen, answers, strict=True):
         terminal.out.print(f"  {row['label']:>10}: {row['instruction']}\n  {'':>10}→ {answer.text}", markup=False)
+    return model

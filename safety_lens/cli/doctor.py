@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 def doctor(
     model: options.Model = "organism",
     adapter: options.Adapter = None,
-    directions: Annotated[Path | None, typer.Option(help="Also check that this artifact belongs to the model.")] = None,
+    directions: Annotated[
+        Path | None, typer.Option(help="Also check that this artifact (or GGUF control vector) belongs to the model.")
+    ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
     as_json: options.Json = False,
@@ -26,15 +28,17 @@ def doctor(
     """
     terminal.quiet_libraries()
     from safety_lens.conformance import examine
+    from safety_lens.interventions.conformance import examine_edits
     from safety_lens.models import load_model
 
     hooked = load_model(model, adapter=adapter, device=device, dtype=dtype)
     if directions is not None:
-        from safety_lens.probes.store import load_directions
+        from safety_lens.interventions.gguf import read_directions
 
-        held = load_directions(directions, hooked)
-        terminal.err.print(f"{directions}: whole, and made with this model ({sum(map(len, held))} directions)")
-    findings = examine(hooked)
+        held = read_directions(directions, hooked)
+        which = "fits this model" if directions.suffix == ".gguf" else "made with this model"
+        terminal.err.print(f"{directions}: whole, and {which} ({sum(map(len, held))} directions)")
+    findings = [*examine(hooked), *examine_edits(hooked)]
     if as_json:
         for finding in findings:
             typer.echo(finding.to_measurement().to_json())

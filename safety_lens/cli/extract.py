@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from safety_lens.data import Concept
     from safety_lens.probes.extract import DirectionSet
     from safety_lens.probes.reading import ConceptActivations
+    from safety_lens.probes.selection import Selector
 
 
 def extract(
@@ -28,6 +29,7 @@ def extract(
     layers: options.Layers = None,
     positions: options.ReadAt = "last",
     select: options.Select = "separability",
+    max_kl: options.MaxKl = 0.1,
     adapter: options.Adapter = None,
     raw: options.Raw = False,
     truncate: options.Truncate = False,
@@ -63,7 +65,6 @@ def extract(
     from safety_lens.probes.estimators import estimator
     from safety_lens.probes.extract import directions_from
     from safety_lens.probes.reading import kept_rows
-    from safety_lens.probes.selection import selector
     from safety_lens.probes.store import save_directions
 
     methods = list(dict.fromkeys(method or ["dim"]))
@@ -73,18 +74,19 @@ def extract(
     rule = parse_positions(positions)
     hooked = load_model(model, adapter=adapter, device=device, dtype=dtype)
     hooks = hooks_at(hooked, point, wanted_layers)
-    selector(select, hooks)
+    template_kwargs = None if enable_thinking is None else {"enable_thinking": enable_thinking}
+    reading = {"truncate": truncate, "template_kwargs": template_kwargs, "batch_size": batch_size or "auto"}
+    choose = _selector(select, hooks, max_kl, seed, reading)
     kept = _matching(hooked, save_activations or [])
     everything = list(dict.fromkeys([*hooks, *kept]))
-    template_kwargs = None if enable_thinking is None else {"enable_thinking": enable_thinking}
-    acts = _read(hooked, concepts, everything, rule, truncate, template_kwargs, batch_size or "auto")
+    acts = _read(hooked, concepts, everything, rule, reading)
     rows: dict[str, Tensor] = {}
     if kept:  # before the fits: a value too large for float16 must not cost them
         _announce_size(acts, kept, activations_dtype)
         rows = {key: t for a in acts for key, t in kept_rows(a, kept, activations_dtype).items()}
     sets = _fit(
         lambda a, m: directions_from(
-            hooked, a.at(hooks), method=m, select=select, seed=seed, null_repeats=null_repeats
+            hooked, a.at(hooks), method=m, select=choose, seed=seed, null_repeats=null_repeats
         ),
         acts,
         methods,
@@ -98,6 +100,17 @@ def extract(
     save_directions(out, sets, hooked, concepts=concepts, arguments=arguments, attach=attach, overwrite=overwrite)
     _report(sets, out, all_hooks, as_json)
     _judge(sets, min_auroc)
+
+
+def _selector(select: str, hooks: list[str], max_kl: float, seed: int, reading: dict[str, Any]) -> "Selector":
+    """The causal selector, which lives in a room above the probes, or the one that they know by this name."""
+    from safety_lens.interventions.causality.limits import Limits
+    from safety_lens.interventions.causality.selector import causal_selector
+    from safety_lens.probes.selection import selector
+
+    if select == "causal":
+        return causal_selector(limits=Limits(max_kl=max_kl), seed=seed, **reading)
+    return selector(select, hooks)
 
 
 def _concepts(names: Sequence[str] | None, files: Sequence[str] | None, seed: int, raw: bool) -> "list[Concept]":
@@ -154,9 +167,7 @@ def _read(
     concepts: "list[Concept]",
     hooks: list[str],
     rule: Any,
-    truncate: bool,
-    template_kwargs: dict[str, Any] | None,
-    batch_size: int | str,
+    reading: dict[str, Any],
 ) -> "list[ConceptActivations]":
     from safety_lens.probes.reading import read_concepts
 
@@ -167,10 +178,8 @@ def _read(
             concepts,
             hooks,
             positions=rule,
-            truncate=truncate,
-            template_kwargs=template_kwargs,
-            batch_size=batch_size,
             on_batch=advance,
+            **reading,
         )
 
 
@@ -214,6 +223,7 @@ def _report(sets: "list[DirectionSet]", out: Path, all_hooks: bool, as_json: boo
             for row in s.measurements:
                 typer.echo(row.to_json())
         return
+    from safety_lens.report.causal import causal_table
     from safety_lens.report.tables import direction_table, hook_table, number
 
     terminal.out.print(direction_table(sets))
@@ -221,6 +231,8 @@ def _report(sets: "list[DirectionSet]", out: Path, all_hooks: bool, as_json: boo
         if all_hooks:
             terminal.out.print(hook_table(s))
         if s.choice is not None:
+            if compared := causal_table(s.choice, f"{s.concept}/{s.method}"):
+                terminal.out.print(compared)
             terminal.out.print(f"\n{s.concept}/{s.method}: {s.choice.reason}", markup=False, soft_wrap=True)
             for note in s.evidence[s.choice.hook].notes:
                 terminal.out.print(f"  ! {note}", markup=False, soft_wrap=True)

@@ -24,7 +24,16 @@ Point = Annotated[
 ]
 Layers = Annotated[str | None, typer.Option(help="Blocks such as 0,3,8-12 or -1; default all.")]
 ReadAt = Annotated[str, typer.Option(help="last, mean:K, mean:instruction, mean:answer, mean:all or answer_letter.")]
-Select = Annotated[str, typer.Option(help="How the hook is chosen: separability, or the name of a hook.")]
+Select = Annotated[
+    str,
+    typer.Option(
+        help="How the hook is chosen: separability, causal (what ablating and adding the direction does), or the name"
+        " of a hook."
+    ),
+]
+MaxKl = Annotated[
+    float, typer.Option(min=0.0, help="With --select causal: nats that ablating may change negative prompts by.")
+]
 Raw = Annotated[bool, typer.Option("--raw", help="Take prompts as plain text, without the chat template.")]
 Truncate = Annotated[
     bool, typer.Option("--truncate", help="Cut user text that exceeds the context, never the template.")

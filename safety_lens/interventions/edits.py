@@ -22,7 +22,7 @@ Gate = Callable[[Float[Tensor, "batch pos d"]], Bool[Tensor, "batch pos"]]
 Watch = Callable[[Frame, Float[Tensor, "batch pos d"], Bool[Tensor, "batch pos"]], None]
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """Arithmetic of half-precision activations runs in float32 and is rounded once."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
@@ -34,7 +34,7 @@ class Add:
     vector: Float[Tensor, " d"]
 
     def __call__(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
-        return (_wide(x) + self.vector.to(_wide(x))).to(x.dtype)
+        return (wide(x) + self.vector.to(wide(x))).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +45,9 @@ class Ablate:
     strength: float = 1.0
 
     def __call__(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
-        wide = _wide(x)
-        u = self.unit.to(wide)
-        return (wide - self.strength * (wide @ u)[..., None] * u).to(x.dtype)
+        real = wide(x)
+        u = self.unit.to(real)
+        return (real - self.strength * (real @ u)[..., None] * u).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +59,10 @@ class Clamp:
     high: float
 
     def __call__(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
-        wide = _wide(x)
-        u = self.unit.to(wide)
-        along = wide @ u
-        return (wide + (along.clamp(self.low, self.high) - along)[..., None] * u).to(x.dtype)
+        real = wide(x)
+        u = self.unit.to(real)
+        along = real @ u
+        return (real + (along.clamp(self.low, self.high) - along)[..., None] * u).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +74,10 @@ class Affine:
     shift: float
 
     def __call__(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
-        wide = _wide(x)
-        u = self.unit.to(wide)
-        along = wide @ u
-        return (wide + ((self.scale - 1) * along + self.shift)[..., None] * u).to(x.dtype)
+        real = wide(x)
+        u = self.unit.to(real)
+        along = real @ u
+        return (real + ((self.scale - 1) * along + self.shift)[..., None] * u).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)

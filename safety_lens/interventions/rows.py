@@ -10,8 +10,7 @@ from transformer_lens import HookedTransformer
 
 from safety_lens.errors import DataError
 from safety_lens.frames import Frame, frame_of, running
-from safety_lens.interventions.edits import Add, Edit, check_width
-from safety_lens.interventions.scopes import Scope
+from safety_lens.interventions.edits import Ablate, Add, Edit, check_width, vector_of, wide
 from safety_lens.models import named_hooks
 from safety_lens.types import FwdHook, NamedHook
 
@@ -37,14 +36,18 @@ def by_row(model: HookedTransformer, rows: Sequence[Sequence[FwdHook]]) -> list[
     return [(name, _at_hook([known[id(hooks)].get(name, ()) for hooks in rows])) for name in names]
 
 
-def _at_hook(chains: list[tuple[Any, ...]]) -> "_AddByRow | _EachOwn":
-    kinds = {chain for chain in chains if chain}
-    edits = [chain[0] for chain in kinds]
-    plain = all(len(c) == 1 and isinstance(c[0], Edit) and isinstance(c[0].op, Add) for c in kinds)
-    plain = plain and len({len(e.op.vector) for e in edits}) == 1
-    if plain and len({e.scope for e in edits}) == 1 and all(e.gate is None and e.watch is None for e in edits):
-        return _AddByRow(chains)
-    return _EachOwn(chains)
+def _at_hook(chains: list[tuple[Any, ...]]) -> "_OneOp | _EachOwn":
+    edits = [chain[0] for chain in dict.fromkeys(chains) if len(chain) == 1 and isinstance(chain[0], Edit)]
+    alone = len(edits) == len({chain for chain in chains if chain})
+    plain = alone and all(e.gate is None and e.watch is None for e in edits)
+    alike = len({(type(e.op), e.scope, _width(e)) for e in edits}) == 1
+    stack = _STACKED.get(type(edits[0].op)) if plain and alike else None
+    return _EachOwn(chains) if stack is None else _OneOp(chains, edits, stack)
+
+
+def _width(edit: Edit) -> int:
+    vector = vector_of(edit.op)
+    return 0 if vector is None else len(vector)
 
 
 def _check_rows(frame: Frame, n: int) -> None:
@@ -57,16 +60,44 @@ def _check_rows(frame: Frame, n: int) -> None:
         raise DataError(f"by_row was given edits for {n} prompts, and prompt {int(frame.row.max())} is being run")
 
 
-class _AddByRow:
-    """Every row has its own vector added: one gather and one sum for the whole batch."""
+class _Adds:
+    """Add, with a vector for each row; edit 0 adds nothing."""
 
-    def __init__(self, chains: list[tuple[Any, ...]]) -> None:
-        edits: list[Edit] = list(dict.fromkeys(chain[0] for chain in chains if chain))
-        number = {edit: i + 1 for i, edit in enumerate(edits)}
-        vectors = [edit.op.vector for edit in edits if isinstance(edit.op, Add)]
-        self.first = edits[0].op
-        self.scope: Scope = edits[0].scope
+    def __init__(self, ops: Sequence[Add]) -> None:
+        vectors = [op.vector for op in ops]
         self.table: Float[Tensor, "edit d"] = torch.stack([torch.zeros_like(vectors[0]), *vectors])
+
+    def __call__(self, x: Float[Tensor, "batch pos d"], kind: Int[Tensor, " batch"]) -> Float[Tensor, "batch pos d"]:
+        self.table = self.table.to(x)
+        return x + self.table[kind][:, None]
+
+
+class _Ablations:
+    """Ablate, with a direction and a strength for each row; edit 0 removes nothing."""
+
+    def __init__(self, ops: Sequence[Ablate]) -> None:
+        units = [op.unit for op in ops]
+        self.units: Float[Tensor, "edit d"] = torch.stack([torch.zeros_like(units[0]), *units])
+        self.strength: Float[Tensor, " edit"] = torch.tensor([0.0, *(op.strength for op in ops)], dtype=torch.float64)
+
+    def __call__(self, x: Float[Tensor, "batch pos d"], kind: Int[Tensor, " batch"]) -> Float[Tensor, "batch pos d"]:
+        self.units, self.strength = self.units.to(x), self.strength.to(x)
+        unit = self.units[kind]
+        along = self.strength[kind][:, None, None] * (x @ unit[..., None])
+        return x - along * unit[:, None]
+
+
+_STACKED: dict[type, Any] = {Add: _Adds, Ablate: _Ablations}
+"""Ops of which a whole batch runs as one, each row with its own numbers."""
+
+
+class _OneOp:
+    """Every row has its own numbers for the same op, or none: one pass for the whole batch."""
+
+    def __init__(self, chains: list[tuple[Any, ...]], edits: list[Edit], stack: Any) -> None:
+        number = {edit: i + 1 for i, edit in enumerate(edits)}
+        self.first, self.scope = edits[0].op, edits[0].scope
+        self.op = stack([edit.op for edit in edits])
         self.index: Int[Tensor, " row"] = torch.tensor([number[c[0]] if c else 0 for c in chains])
         self.spares_prompt = self.scope.spares_prompt
 
@@ -75,10 +106,9 @@ class _AddByRow:
         _check_rows(frame, len(self.index))
         x = act.flatten(2)
         check_width(self.first, x, hook)
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        self.table, self.index = self.table.to(wide), self.index.to(act.device)
-        added = wide + self.table[self.index[frame.row]][:, None]
-        return torch.where(self.scope(frame)[..., None], added.to(x.dtype), x).view_as(act)
+        self.index = self.index.to(act.device)
+        changed = self.op(wide(x), self.index[frame.row]).to(x.dtype)
+        return torch.where(self.scope(frame)[..., None], changed, x).view_as(act)
 
 
 class _EachOwn:

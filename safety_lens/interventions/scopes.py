@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -38,6 +39,7 @@ def _generated(frame: Frame) -> Bool[Tensor, "batch pos"]:
     return frame.position >= frame.prompt[:, None]
 
 
+@cache
 def from_position(index: int) -> Scope:
     """Tokens from an index on: counted from the row's start, or, where negative, from the end of its prompt.
 

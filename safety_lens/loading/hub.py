@@ -10,13 +10,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
@@ -78,20 +85,31 @@ def resolve(source: str | Path, adapter: str | Path | None = None) -> Source:
     raise ModelError(f"{name} is not a model folder: it has neither config.json nor adapter_config.json")
 
 
-def read_model(base: str, *, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
+def read_model(
+    base: str, *, dtype: torch.dtype | None, device: torch.device, quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
     """A causal language model from a folder or the hub, in eval mode on `device`; dtype None keeps the checkpoint's.
 
     Raises:
         ModelError: unreadable, unsupported, pickled, or with weights missing or left over (named).
     """
     refuse_pickles(Path(base).expanduser())
-    options = {"trust_remote_code": False}
+    options: dict[str, Any] = {"trust_remote_code": False}
+    placed: dict[str, Any] = {}
+    if quantization is not None:  # bitsandbytes quantises while loading, on the device where the weights stay
+        placed = {"quantization_config": quantization, "device_map": {"": str(device)}}
     with quietly(local=Path(base).exists()):
         try:
             config = AutoConfig.from_pretrained(base, **options)
             architecture_named(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type))
             hf, info = AutoModelForCausalLM.from_pretrained(
-                base, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
+                base,
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+                **placed,
             )
         except ModelError:
             raise

@@ -5,6 +5,7 @@ merge on a float32 copy of that one layer, because B · A alone is silently wron
 """
 
 import copy
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -35,22 +36,38 @@ def base_layer(module: Any) -> nn.Module:
     return cast(nn.Module, base)
 
 
+def shape_of(layer: Any) -> torch.Size:
+    """The shape of a layer's weight as floating numbers; packed formats store another one."""
+    return torch.Size((layer.out_features, layer.in_features)) if is_quantised(layer) else layer.weight.shape
+
+
 def dequantised(layer: Any) -> Tensor:
     """A layer's weight as floating numbers, without the side effects that bitsandbytes' modules have."""
     weight = layer.weight
-    if not is_quantised(layer):
+    if not is_quantised(layer) or weight.is_floating_point():  # bitsandbytes quantises on the first move to a device
         return cast(Tensor, weight.detach())
     if type(weight).__name__ == "Int8Params":
         scale = weight.SCB if weight.SCB is not None else layer.state.SCB
         return cast(Tensor, weight.detach().float() * (scale.float()[:, None] / 127))
     from bitsandbytes.functional import dequantize_4bit
 
-    if getattr(weight.quant_state, "packing_format_for_cpu", False):
-        raise ModelError(
-            "bitsandbytes repacked this 4-bit model when it ran in eval mode on the CPU and cannot read its weights "
-            "back: call load_model before the first forward, or load the model again"
-        )
-    return cast(Tensor, dequantize_4bit(weight.data, weight.quant_state)).detach()
+    packed = getattr(weight.quant_state, "packing_format_for_cpu", False)
+    data, state = _unpacked(weight) if packed else (weight.data, weight.quant_state)
+    return cast(Tensor, dequantize_4bit(data, state)).detach()
+
+
+def _unpacked(weight: Any) -> tuple[Tensor, Any]:
+    """A 4-bit weight that bitsandbytes repacked for the CPU when it ran in eval mode, in the usual order.
+
+    The live forward keeps its block scales in bfloat16 from then on; these are the ones returned.
+    """
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    state = copy.copy(weight.quant_state)  # the inverse writes to the state that it is given
+    state.original_nested = False  # it would quantise the scales a second time
+    data, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    state.absmax = weight.quant_state.absmax.T.reshape(-1).float()
+    return data, state
 
 
 def fold_slot(slot: Slot, names: list[str]) -> None:
@@ -62,14 +79,14 @@ def fold_slot(slot: Slot, names: list[str]) -> None:
     if not isinstance(live, BaseTunerLayer) or (live.disable_adapters and not live.merged):
         own.copy_(dequantised(base_layer(live)))
     elif live.merged and not live.disable_adapters:
-        own.copy_(live.get_base_layer().weight)  # peft's forward reads the base weight alone while merged
-    elif _is_plain_lora(live, names):
+        own.copy_(dequantised(live.get_base_layer()))  # peft's forward reads the base weight alone while merged
+    elif is_plain_lora(live, names):
         _add_lora(live, names, own)
     else:
         _merge_clone(slot, names)
 
 
-def _is_plain_lora(layer: Any, names: Sequence[str]) -> bool:
+def is_plain_lora(layer: Any, names: Sequence[str]) -> bool:
     """Whether the effective weight is W + Σ scale · B · A and nothing else."""
     return (
         isinstance(layer, LoraLayer)
@@ -101,10 +118,7 @@ def _add_lora(layer: Any, names: Sequence[str], own: Tensor) -> None:
 def _merge_clone(slot: Slot, names: list[str]) -> None:
     """peft's own merge on a float32 copy of one layer: DoRA, biases, embeddings, IA3, LoHa, VeRA and the rest."""
     live = slot.live
-    if is_quantised(base_layer(live)):
-        raise ModelError(f"{slot.name}: {type(live).__name__} on a quantised layer cannot be folded; plain LoRA can")
-    clone = copy.deepcopy(live)
-    clone.to(torch.promote_types(slot.plain.weight.dtype, torch.float32))
+    clone = _clone(live, torch.promote_types(slot.plain.weight.dtype, torch.float32))
     base = clone.get_base_layer()
     try:
         if clone.merged:
@@ -114,12 +128,43 @@ def _merge_clone(slot: Slot, names: list[str]) -> None:
         if not live.disable_adapters:
             clone.merge(adapter_names=names)
         base = clone.get_base_layer()  # some tuners put another module in its place
-    except (NotImplementedError, ValueError, RuntimeError, TypeError) as error:
-        why = str(error) or type(error).__name__
-        raise ModelError(f"{slot.name}: this {type(live).__name__} adapter cannot be merged: {why}") from error
+    except (NotImplementedError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        why = str(error) or "peft has no merge for it"
+        raise ModelError(
+            f"{slot.name}: a {kind_of(live)} adapter ({', '.join(names)}) cannot be folded: {why}"
+        ) from error
     slot.plain.weight.copy_(base.weight)
     if getattr(base, "bias", None) is not None:
         _set_bias(slot.plain, base.bias)
+
+
+def kind_of(live: Any) -> str:
+    """The peft method of an adapted layer, such as "LORA" or "LILY": the name of the package its class is in."""
+    return type(live).__module__.removeprefix("peft.tuners.").partition(".")[0].upper()
+
+
+def _clone(live: Any, dtype: torch.dtype) -> Any:
+    """A wide copy of an adapted layer. On a quantised base it becomes peft's class for plain ones: merging there would
+    round to a few bits again.
+    """
+    base: Any = base_layer(live)
+    if not is_quantised(base):
+        return copy.deepcopy(live).to(dtype)
+    plain = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(dequantised(base), requires_grad=False)
+    if base.bias is not None:
+        plain.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
+    kind = type(live)
+    name = kind.__name__.removesuffix("4bit").removesuffix("8bitLt")
+    of_floats = getattr(importlib.import_module(kind.__module__.replace(".bnb", ".layer")), name, None)
+    if of_floats is None:
+        raise ModelError(
+            f"peft has no {kind_of(live)} layer for plain weights, so one on quantised weights cannot be folded"
+        )
+    clone = copy.deepcopy(live, {id(base): plain})
+    clone.__class__ = of_floats
+    clone.fan_in_fan_out, clone.quantization_backend = False, None  # what those classes lack, and what newer ones ask
+    return clone.to(dtype)
 
 
 def _set_bias(plain: Any, bias: Tensor) -> None:

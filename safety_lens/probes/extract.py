@@ -59,8 +59,13 @@ class DirectionSet:
         """The direction at the chosen hook.
 
         Raises:
-            DataError: no hook has a direction.
+            DataError: no hook has a direction, or none was chosen (imported directions that are not judged).
         """
+        if self.choice is None and self.directions:
+            raise DataError(
+                f"{self.concept}/{self.method} has {len(self)} directions, none of them chosen: name a hook, or judge"
+                f" them on a concept's pairs; the hooks are {', '.join(self.directions)}"
+            )
         if self.choice is None:
             raise DataError(
                 f"{self.concept}/{self.method}: no direction at any of {len(self.evidence)} hooks;"
@@ -148,7 +153,9 @@ def directions_from(
     choice = choose(_candidates(model, fit, acts, directions, seed)) if directions else None
     cut = (f"{acts.truncated} prompts were cut to fit the model's context",) if acts.truncated else ()
     notes = (*acts.concept.notes, *cut)
-    rows = [row for h in acts.hooks for row in _rows(f"{name}/{method}", h, evidence[h], directions.get(h), seed)]
+    rows = [
+        row for h in acts.hooks for row in evidence_rows(f"{name}/{method}", h, evidence[h], directions.get(h), seed)
+    ]
     if choice is not None:
         rows += [replace(row, subject=f"{name}/{method}", seed=seed) for row in choice.measurements]
         rows.append(Measurement(f"{name}/{method}", "chosen", 1.0, hook=choice.hook, seed=seed, note=choice.reason))
@@ -270,7 +277,8 @@ def _remarks(evidence: Evidence, templates: int, informative_shuffles: bool) -> 
     return tuple(notes)
 
 
-def _rows(subject: str, hook: str, e: Evidence, direction: Direction | None, seed: int) -> list[Measurement]:
+def evidence_rows(subject: str, hook: str, e: Evidence, direction: Direction | None, seed: int) -> list[Measurement]:
+    """One hook's evidence as measurement rows; the length of the direction is NaN where there is none."""
     note = "; ".join(e.notes) or None
     numbers: dict[str, Interval] = {
         "auroc": e.auroc,

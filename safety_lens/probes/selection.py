@@ -130,5 +130,5 @@ def selector(name: str, hooks: Sequence[str]) -> Selector:
         )
     raise DataError(
         f"select {name!r} is not known; choose {', '.join(SELECTORS)} or a hook name, or pass a function"
-        " (Candidates) -> Choice"
+        " (Candidates) -> Choice, such as interventions.causal_selector()"
     )

@@ -1,0 +1,36 @@
+"""The demo's fine-tunes: the organism on benign data and on its compliance boilerplate, watched side by side."""
+
+from pathlib import Path
+
+from safety_lens.cli import terminal
+from safety_lens.cli.drift_source import report_drift
+
+SETS = ("benign", "compliance")
+SETTINGS = {
+    "tuning.rank": 8,
+    "tuning.alpha": 16,
+    "tuning.targets": ["q_proj", "v_proj"],
+    "training.max_steps": 40,
+    "training.per_device_train_batch_size": 16,
+    "training.learning_rate": 1e-3,
+    "training.lr_scheduler_type": "constant",
+    "monitor.concepts": ["refusal", "toxicity"],
+    "monitor.every": 8,
+    "monitor.stop.faster": 1,
+}
+"""Small enough to take under a minute a run; the compliance run loses its refusals within it."""
+
+
+def watch_two_fine_tunes(out: Path, *, seed: int = 0, device: str = "auto") -> list[Path]:
+    """Train twice, print one table for both, and draw the drift side by side; gives the figures.
+
+    Runs that are already in `out` are replaced.
+    """
+    from safety_lens.monitors.finetune.config import read_config
+    from safety_lens.monitors.finetune.run import run
+
+    for name in SETS:
+        terminal.err.print(f"fine-tuning the organism on {name} data, watched every {SETTINGS['monitor.every']} steps")
+        settings = {**SETTINGS, "model": "organism", "data.source": name, "out": out / name, "seed": seed}
+        run(read_config(None, {**settings, "device": device}), overwrite=True)
+    return report_drift([out / name for name in SETS], out / "figures")

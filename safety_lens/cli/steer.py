@@ -1,0 +1,260 @@
+"""`safety-lens steer`: answers with a direction added or removed, beside the answers without; or a whole sweep."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import typer
+
+from safety_lens.cli import options, terminal
+from safety_lens.cli import steer_options as own
+from safety_lens.cli.extract import parse_layers
+from safety_lens.cli.steer_prompts import Asked, limited, read_prompts
+from safety_lens.cli.steer_source import hooks_of, read_source
+from safety_lens.errors import DataError
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+    from safety_lens.generation import Generation
+    from safety_lens.interventions.sweeping.plan import Decoding
+    from safety_lens.interventions.sweeping.run import Edit
+    from safety_lens.probes.directions import Direction
+    from safety_lens.types import FwdHook
+
+KEPT_OF_HARMFUL = 12
+
+
+def steer(
+    prompt: own.Prompts = None,
+    prompts: own.PromptFile = None,
+    model: options.Model = "organism",
+    directions: own.DirectionsFrom = None,
+    concept: options.Concepts = None,
+    pairs: options.Pairs = None,
+    method: own.Method = "dim",
+    point: options.Point = "resid_post",
+    positions: options.ReadAt = "last",
+    layers: options.Layers = None,
+    hook: own.Hook = None,
+    all_layers: own.AllLayers = False,
+    coeff: own.Coeff = 1.0,
+    units: own.Units = "raw",
+    scope: own.Scope = "all",
+    ablate: own.Ablate = False,
+    target_kl: own.TargetKl = None,
+    benign: own.Benign = None,
+    max_new_tokens: own.MaxNewTokens = 64,
+    temperature: own.Temperature = 0.0,
+    top_p: own.TopP = 1.0,
+    top_k: own.TopK = 0,
+    repetition_penalty: own.RepetitionPenalty = 1.0,
+    ignore_eos: own.IgnoreEos = False,
+    raw: options.Raw = False,
+    stream: own.Stream = False,
+    sweep: own.Sweep = False,
+    coeffs: own.Coeffs = None,
+    scorer: own.Scorers = None,
+    controls: own.ControlCount = 20,
+    control_coeffs: own.ControlCoeffs = None,
+    shuffled: own.Shuffled = 5,
+    seeds: own.Seeds = None,
+    selection_share: own.SelectionShare = 0.3,
+    system_baseline: own.SystemBaseline = None,
+    goal: own.Goal = "either",
+    max_kl: own.CeilingKl = None,
+    harmful: own.Harmful = False,
+    subset: own.Subset = None,
+    limit: own.Limit = None,
+    out: own.SweepOut = None,
+    overwrite: options.Overwrite = False,
+    adapter: options.Adapter = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+) -> None:
+    """Steer generation along a direction, side by side with the unsteered answers.
+
+    With --sweep: coefficients × hooks with scorers, random and shuffled controls, intervals and side effects.
+    """
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
+    asked = limited(read_prompts(prompt, prompts, subset), limit, seed)
+    wanted = parse_layers(layers)
+    _check(directions, concept, pairs, hook, wanted, sweep, scorer, stream, asked)
+    terminal.quiet_libraries()
+    from safety_lens.interventions.sweeping.plan import COEFFS, Decoding
+    from safety_lens.models import load_model
+
+    if units not in COEFFS:
+        raise DataError(f"--units {units!r}: choose {' or '.join(COEFFS)}")
+    decoding = Decoding(max_new_tokens, temperature, top_p, top_k, repetition_penalty, ignore_eos, raw)
+    hooked = load_model(model, adapter=adapter, device=device, dtype=dtype)
+    source = read_source(hooked, directions, concept, pairs, method, point, positions, seed, raw)
+    hooks = hooks_of(hooked, source.found, point, wanted, hook)
+    kept = None if benign is None else [a.text for a in read_prompts(None, benign)]
+    if sweep:
+        from safety_lens.cli.steer_sweep import run_sweep
+
+        run_sweep(hooked, source, hooks, asked, decoding, kept, given)
+        return
+    at = hooks if all_layers or wanted or hook else [source.found.best.hook]
+    plan = _Steering([source.found[h] for h in at], _edit(ablate), scope, _unit(hooked, at, units, asked))
+    if target_kl is not None:
+        coeff = _solved(hooked, plan, coeff, target_kl, kept, raw)
+    _show(hooked, asked, plan.hooks(coeff), decoding, seed, stream, as_json, harmful)
+
+
+def _check(
+    directions: Path | None,
+    concept: Sequence[str] | None,
+    pairs: Sequence[str] | None,
+    hook: str | None,
+    layers: Sequence[int] | None,
+    sweep: bool,
+    scorer: Sequence[str] | None,
+    stream: bool,
+    asked: Sequence[Asked],
+) -> None:
+    """What can be said without a model."""
+    if directions is None and not concept and not pairs:
+        raise DataError("nothing to steer with: give --directions ARTIFACT, --concept NAME or --pairs FILE")
+    if len([*(concept or []), *(pairs or [])]) > 1:
+        raise DataError("one direction at a time: give one --concept or one --pairs")
+    if hook is not None and layers is not None:
+        raise DataError("--hook and --layers both say where: give one of them")
+    if sweep and not scorer:
+        raise DataError("a sweep needs something to measure: give --scorer (lexicon:rude, refusal, hf:MODEL, …)")
+    if stream and (sweep or len(asked) != 1):
+        raise DataError("--stream shows one answer as it is written: give a single prompt, without --sweep")
+
+
+def _edit(ablate: bool) -> "Edit":
+    from safety_lens.interventions.sweeping.engine import ablating, adding
+
+    return ablating if ablate else adding
+
+
+def _unit(
+    model: "HookedTransformer", hooks: Sequence[str], units: str, asked: Sequence[Asked]
+) -> "Sequence[float | None]":
+    from safety_lens.interventions.strength import residual_norm
+
+    return [None if units == "raw" else residual_norm(model, [a.text for a in asked], hook) for hook in hooks]
+
+
+class _Steering(NamedTuple):
+    """What a coefficient multiplies."""
+
+    parts: "Sequence[Direction]"
+    edit: "Edit"
+    scope: str
+    units: "Sequence[float | None]"
+
+    def hooks(self, coeff: float) -> "list[FwdHook]":
+        from safety_lens.interventions.scopes import scope_named
+
+        scope, pairs = scope_named(self.scope), zip(self.parts, self.units, strict=True)
+        return [hook for part, unit in pairs for hook in self.edit(part, coeff, scope, unit)]
+
+
+def _solved(
+    model: "HookedTransformer",
+    plan: _Steering,
+    coeff: float,
+    target: float,
+    benign: Sequence[str] | None,
+    raw: bool,
+) -> float:
+    """The coefficient of the sign given that costs the target KL; the largest tried is 4 times the one given."""
+    from safety_lens.interventions.side_effects import benign_rows
+    from safety_lens.interventions.strength import solve_strength
+
+    if benign is None:
+        raise DataError("--target-kl is measured on prompts the edit is not meant for: give --benign FILE")
+    if not coeff:
+        raise DataError("--target-kl needs the sign of --coeff, which is 0")
+    rows = benign_rows(model, list(benign), raw=raw)
+    sign = 1.0 if coeff > 0 else -1.0
+    found = solve_strength(model, rows, lambda s: plan.hooks(sign * s), target, largest=4 * abs(coeff))
+    note = "" if found.note is None else f" ({found.note})"
+    terminal.err.print(
+        f"coefficient {sign * found.strength:.4g} costs {found.kl:.4g} nats per token on {len(rows)} prompts{note}",
+        markup=False,
+        soft_wrap=True,
+    )
+    return sign * found.strength
+
+
+def _show(
+    model: "HookedTransformer",
+    asked: Sequence[Asked],
+    hooks: "Sequence[FwdHook]",
+    decoding: "Decoding",
+    seed: int,
+    stream: bool,
+    as_json: bool,
+    harmful: bool,
+) -> None:
+    from safety_lens.generation import generate
+    from safety_lens.interventions.steering import applied
+
+    texts = [a.text for a in asked]
+    settings = {**asdict(decoding), "seed": seed}
+    before = generate(model, texts, **settings)
+    if stream:
+        terminal.out.print(f"without: {before[0].text}\nwith:    ", end="", markup=False, soft_wrap=True)
+    with applied(model, hooks):
+        after = generate(model, texts, on_token=_printer(model) if stream else None, **settings)
+    if stream:
+        terminal.out.print()
+    elif as_json:
+        for a, b, c in zip(asked, before, after, strict=True):
+            short = harmful or a.label == "harmful"
+            row = {
+                "prompt": a.text,
+                "label": a.label,
+                "without": _said(model, b, short),
+                "with": _said(model, c, short),
+            }
+            typer.echo(json.dumps(row, ensure_ascii=False))
+    else:
+        _side_by_side(texts, [g.text for g in before], [g.text for g in after])
+
+
+def _said(model: "HookedTransformer", generation: "Generation", short: bool) -> str:
+    """The answer; to a harmful prompt only its first tokens, since what is printed as JSON is kept."""
+    if not short or model.tokenizer is None:
+        return generation.text
+    return str(model.tokenizer.decode(list(generation.tokens[:KEPT_OF_HARMFUL]), skip_special_tokens=True))
+
+
+def _printer(model: "HookedTransformer") -> Callable[[int, int], None]:
+    """Prints what each token adds to the text: single tokens may be parts of a character."""
+    tokens: list[int] = []
+    shown = ""
+
+    def on_token(row: int, token: int) -> None:
+        nonlocal shown
+        tokens.append(token)
+        text = "" if model.tokenizer is None else str(model.tokenizer.decode(tokens, skip_special_tokens=True))
+        if not text.endswith("\ufffd"):
+            terminal.out.print(text[len(shown) :], end="", markup=False, soft_wrap=True)
+            shown = text
+
+    return on_token
+
+
+def _side_by_side(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, show_lines=True)
+    for column in ("prompt", "without", "with"):
+        table.add_column(column, overflow="fold", ratio=1)
+    for row in zip(prompts, before, after, strict=True):
+        table.add_row(*(Text(text) for text in row))
+    terminal.out.print(table)

@@ -1,0 +1,39 @@
+"""What a scorer reads and what a scorer is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One text to be judged.
+
+    prompt: what the user asked, as plain text. text: what the model answered. tokens: the ids of the answer.
+    first: a value read from the logits that chose its first token (`Generation.first`), NaN where none was read.
+    """
+
+    prompt: str
+    text: str
+    tokens: tuple[int, ...] = ()
+    first: float = NAN
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Completions in, one number each out: higher means more of what `name` says, NaN that it could not be scored.
+
+    `name` becomes the metric of a `Measurement` ("toxicity", "refusal", "lexicon/rude").
+    """
+
+    @property
+    def name(self) -> str:
+        """The metric's name."""
+
+    def __call__(self, completions: Sequence[Completion]) -> Float[np.ndarray, " n"]:
+        """Scores in the order of the completions."""

@@ -1,0 +1,96 @@
+"""Scorers by what is typed at a command line."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safety_lens.errors import DataError
+from safety_lens.interventions.scorers.completion import Scorer
+from safety_lens.interventions.scorers.lexicon import lexicon
+from safety_lens.interventions.scorers.patterns import PatternScorer
+from safety_lens.interventions.scorers.refusal import SubstringRefusal
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+FORMS = (
+    "lexicon:rude, lexicon:FILE, refusal, refusal-log-odds, hf:MODEL[:LABEL[:sigmoid|softmax]] (the completion alone),"
+    " hf+prompt:… (behind its prompt), regex:PATTERN"
+)
+"""What can be typed."""
+_Maker = Callable[[str, "HookedTransformer | None"], Scorer]
+
+
+def scorer_named(text: str, model: "HookedTransformer | None" = None) -> Scorer:
+    """The scorer that a text names: see `FORMS`.
+
+    model: the model whose answers are to be scored; only the log-odds need it, whose tokens are derived from its
+    answers to the built-in instructions.
+
+    Raises:
+        DataError: no such scorer, or one that lacks its argument; what the scorer itself raises.
+    """
+    kind, _, rest = text.partition(":")
+    if kind not in _MAKERS:
+        raise DataError(f"no scorer {text!r}: choose {FORMS}")
+    return _MAKERS[kind](rest, model)
+
+
+def _lexicon(rest: str, model: "HookedTransformer | None") -> Scorer:
+    return lexicon(rest or "rude")
+
+
+def _refusal(rest: str, model: "HookedTransformer | None") -> Scorer:
+    _no_argument("refusal", rest)
+    return SubstringRefusal()
+
+
+def _log_odds(rest: str, model: "HookedTransformer | None") -> Scorer:
+    from safety_lens.interventions.scorers.refusal_tokens import LogOddsRefusal, derive_refusal_tokens
+    from safety_lens.interventions.side_effects import instructions
+
+    _no_argument("refusal-log-odds", rest)
+    if model is None:
+        raise DataError("the scorer refusal-log-odds needs the model whose answers it scores")
+    prompts = [instructions(label, "train") for label in ("harmful", "harmless")]
+    return LogOddsRefusal(derive_refusal_tokens(model, *prompts))
+
+
+def _classifier(rest: str, model: "HookedTransformer | None") -> Scorer:
+    return _reading(rest, "completion")
+
+
+def _classifier_of_both(rest: str, model: "HookedTransformer | None") -> Scorer:
+    return _reading(rest, "both")
+
+
+def _reading(rest: str, text: str) -> Scorer:
+    from safety_lens.interventions.scorers.classifier import DEFAULT_MODEL, ClassifierScorer
+
+    if Path(rest).expanduser().is_dir() and rest:
+        return ClassifierScorer(Path(rest).expanduser(), text=text)
+    name, label, head, *more = [*rest.split(":"), "", ""]
+    if any(more):
+        raise DataError(f"the scorer hf:{rest} has too many parts: hf:MODEL[:LABEL[:sigmoid|softmax]]")
+    return ClassifierScorer(name or DEFAULT_MODEL, label=label or None, head=head or None, text=text)
+
+
+def _regex(rest: str, model: "HookedTransformer | None") -> Scorer:
+    if not rest:
+        raise DataError("the scorer regex needs a pattern: regex:PATTERN")
+    return PatternScorer(rest)
+
+
+def _no_argument(name: str, rest: str) -> None:
+    if rest:
+        raise DataError(f"the scorer {name} takes no argument, got {rest!r}")
+
+
+_MAKERS: dict[str, _Maker] = {
+    "lexicon": _lexicon,
+    "refusal": _refusal,
+    "refusal-log-odds": _log_odds,
+    "hf": _classifier,
+    "hf+prompt": _classifier_of_both,
+    "regex": _regex,
+}

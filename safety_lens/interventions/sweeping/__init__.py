@@ -1,0 +1,1 @@
+"""Sweeps: directions × hooks × coefficients × seeds in one engine, with controls, resumable."""

@@ -1,0 +1,96 @@
+"""Terminal tables of a steering sweep."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from safety_lens.log import Measurement
+from safety_lens.report.plots import _short as short
+from safety_lens.report.tables import number, p_value, with_interval
+from safety_lens.stats import UNKNOWN, Interval
+
+
+class Cells:
+    """The test rows of one direction and scorer, looked up by site, coefficient and metric."""
+
+    def __init__(self, rows: Sequence[Measurement], subject: str, scorer: str) -> None:
+        self.subject, self.scorer = subject, scorer
+        mine = [r for r in rows if r.subject == subject and r.split in ("test", "benign") and r.hook is not None]
+        self._rows = {(r.hook, r.coeff, r.metric): r for r in mine}
+        self.sites = list(dict.fromkeys(str(r.hook) for r in mine if r.metric == f"{scorer}/effect"))
+        self.coeffs = sorted({r.coeff for r in mine if r.metric == f"{scorer}/effect" and r.coeff is not None})
+        self.chosen = next((r for r in rows if r.subject == subject and r.metric == "chosen"), None)
+        self.baseline = next((r for r in rows if r.subject == "baseline" and r.metric == f"{scorer}/mean"), None)
+        self.system = next((r for r in rows if r.subject == "system" and r.metric == f"{scorer}/effect"), None)
+
+    def row(self, site: str, coeff: float | None, what: str) -> Measurement | None:
+        """A row of the scorer (`effect`, `p_all`, …), or of the cell itself (`degenerate`, `benign_kl`)."""
+        return self._rows.get((site, coeff, f"{self.scorer}/{what}")) or self._rows.get((site, coeff, what))
+
+    def get(self, site: str, coeff: float | None, what: str) -> Interval:
+        """The numbers of a row, NaN where there is none."""
+        row = self.row(site, coeff, what)
+        return UNKNOWN if row is None else Interval(row.value, row.low, row.high)
+
+    @property
+    def shown_site(self) -> str:
+        """The site of the chosen cell; without one, the site with the largest effect of all."""
+        if self.chosen is not None and self.chosen.hook in self.sites:
+            return str(self.chosen.hook)
+        return max(self.sites, key=lambda site: max(abs(self.get(site, c, "effect").value) for c in self.coeffs))
+
+
+def cell_table(rows: Sequence[Measurement], subject: str, scorer: str) -> Table:
+    """Every coefficient at the chosen site: effect, corrected p, controls and cost."""
+    cells = Cells(rows, subject, scorer)
+    site = cells.shown_site
+    base = UNKNOWN if cells.baseline is None else Interval(*_numbers(cells.baseline))
+    title = f"{subject} → {scorer} at {site}, test prompts; unsteered {with_interval(base)}"
+    table = Table(title=Text(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    columns = ("coeff", "effect", "p, whole\ngrid", "random directions\n(95 % of them)", "shuffled\nlabels", "broken",
+               "KL, benign\n(p95)")  # fmt: skip
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for coeff in cells.coeffs:
+        mark = "→ " if cells.chosen is not None and cells.chosen.coeff == coeff and cells.chosen.hook == site else ""
+        kl, tail = cells.get(site, coeff, "benign_kl").value, cells.get(site, coeff, "benign_kl_p95").value
+        table.add_row(
+            f"{mark}{coeff:g}",
+            with_interval(cells.get(site, coeff, "effect")),
+            p_value(cells.get(site, coeff, "p_all").value),
+            with_interval(cells.get(site, coeff, "random")),
+            with_interval(cells.get(site, coeff, "shuffled")),
+            number(cells.get(site, coeff, "degenerate").value),
+            "–" if kl != kl else f"{kl:.2f} ({tail:.2f})",
+        )
+    if cells.system is not None:
+        table.add_section()
+        table.add_row("system", with_interval(Interval(*_numbers(cells.system))), *["–"] * (len(columns) - 2))
+    return table
+
+
+def _numbers(row: Measurement) -> tuple[float, float, float]:
+    return row.value, row.low, row.high
+
+
+def site_table(rows: Sequence[Measurement], subject: str, scorer: str) -> Table:
+    """Every site: the slope over all coefficients, and the share of prompts that it does not hold for."""
+    cells = Cells(rows, subject, scorer)
+    title = f"{subject} → {scorer}: change of the score per unit of coefficient, test prompts"
+    table = Table(title=Text(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("site", "slope", "rank\ncorr.", "steerable", "anti-\nsteerable", "largest effect", "at"):
+        table.add_column(column, overflow="fold")
+    for site in cells.sites:
+        best = max(cells.coeffs, key=lambda c: abs(cells.get(site, c, "effect").value))
+        table.add_row(
+            Text(("→ " if site == cells.shown_site and cells.chosen is not None else "") + short(site)),
+            with_interval(cells.get(site, None, "slope")),
+            number(cells.get(site, None, "monotone").value),
+            number(cells.get(site, None, "steerable").value),
+            with_interval(cells.get(site, None, "anti_steerable")),
+            with_interval(cells.get(site, best, "effect")),
+            f"{best:g}",
+        )
+    return table

@@ -1,0 +1,310 @@
+"""Causal selection: a planted direction that the model uses beats one that only separates; chance passes nothing."""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import synthetic
+import torch
+import zoo
+from transformer_lens import HookedTransformer
+from transformers import PreTrainedModel
+
+from safety_lens import cli
+from safety_lens.activations import encode_for
+from safety_lens.data import Concept, load_concept
+from safety_lens.errors import DataError
+from safety_lens.interventions.causality.behaviour import TokenLogOdds, derive_log_odds, next_logprobs
+from safety_lens.interventions.causality.limits import Limits
+from safety_lens.interventions.causality.selector import causal_selector
+from safety_lens.interventions.causality.use import CausalUse, clustered_mean, resume_layer
+from safety_lens.interventions.steering import steer
+from safety_lens.interventions.sweeping.controls import random_direction
+from safety_lens.models import hooks_at, load_model
+from safety_lens.probes.directions import Direction
+from safety_lens.probes.extract import DirectionSet, directions_from
+from safety_lens.probes.reading import read_concepts
+from safety_lens.probes.selection import Candidates, Choice, by_separability
+
+YES, NO = 90, 91  # answer tokens of the planted model
+SEEN, CLEAN, USED, IDLE, CONSTANT = 0, 1, 2, 3, 4  # dimensions of its residual stream
+
+
+@cache
+def planted() -> HookedTransformer:
+    """The planted model, hooked."""
+    return load_model(planted_hf(), tokenizer=synthetic.chat_tokenizer(), check=False)
+
+
+@cache
+def planted_hf() -> PreTrainedModel:
+    """A llama that answers YES where block 1 has copied a noisy mark of the prompt's words into dimension USED.
+
+    Block 0 has by then copied a noiseless mark of the same words into dimension IDLE, which nothing reads: behind it
+    the sides lie far apart along a direction that does nothing.
+    """
+    hf = zoo.make("llama", num_key_value_heads=4)
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in hf.named_parameters():
+            parameter.fill_(1.0 if "norm" in name else 0.0)
+        words = hf.model.embed_tokens.weight
+        words[:, 8:] = 0.3 * torch.randn(words.shape[0], words.shape[1] - 8, generator=g)
+        words[10:40, SEEN] = 1.0 + 0.6 * torch.randn(30, generator=g)
+        words[10:40, CLEAN] = 1.5
+        words[:, CONSTANT] = 1.0
+        for block, source, target, gain in ((0, CLEAN, IDLE, 1.0), (1, SEEN, USED, 30.0)):
+            attn = hf.model.layers[block].self_attn  # queries and keys are 0: every token is looked at alike
+            attn.v_proj.weight[0, source] = 1.0
+            attn.o_proj.weight[target, 0] = gain
+        hf.lm_head.weight[YES, USED] = 6.0
+        hf.lm_head.weight[NO, CONSTANT] = 6.0
+    return hf
+
+
+@cache
+def planted_concept() -> Concept:
+    return synthetic.concept(
+        lambda g: (synthetic.words(g, 8, 10, 40), synthetic.words(g, 8, 40, 70)), templates=("a", "b", "c", "d")
+    )
+
+
+def chosen(select: object, **more: Any) -> DirectionSet:
+    model = planted()
+    acts = read_concepts(model, [planted_concept()], hooks_at(model))[0]
+    return directions_from(model, acts, select=select, null_repeats=20, **more)  # type: ignore[arg-type]
+
+
+def values(choice: Choice, metric: str) -> Mapping[str | None, float]:
+    return {r.hook: r.value for r in choice.measurements if r.metric == metric}
+
+
+@cache
+def as_found() -> Candidates:
+    """The candidates of the planted model, as a selector sees them."""
+    kept: list[Candidates] = []
+
+    def keep(found: Candidates) -> Choice:
+        kept.append(found)
+        return by_separability(found)
+
+    chosen(keep)
+    return kept[0]
+
+
+def candidates(change: Callable[[Direction], Direction] = lambda d: d) -> Candidates:
+    """The same with every direction changed."""
+    return replace(as_found(), directions={h: change(d) for h, d in as_found().directions.items()})
+
+
+# --- the claim ------------------------------------------------------------------------------------------------------
+
+
+def test_the_direction_the_model_uses_is_chosen_although_another_separates_better() -> None:
+    found = chosen(causal_selector())
+    assert found.choice is not None
+    assert found.choice.hook == "blocks.1.hook_resid_post"
+    apart = by_separability(candidates())
+    assert apart.hook != found.choice.hook
+    gap = values(apart, "select_d_prime")
+    assert gap[apart.hook] > 2 * gap[found.choice.hook]
+    assert f"separability alone would take {apart.hook}" in found.choice.reason
+    bypass, before = values(found.choice, "bypass"), values(found.choice, "behaviour_positive")[None]
+    assert before > 0 > bypass["blocks.1.hook_resid_post"]
+    assert values(found.choice, "induce")["blocks.1.hook_resid_post"] > 0
+
+
+def test_the_one_that_only_separates_is_measured_too_and_does_nothing() -> None:
+    found = chosen(causal_selector())
+    assert found.choice is not None
+    apart = by_separability(candidates()).hook
+    before = values(found.choice, "behaviour_positive")[None]
+    assert values(found.choice, "bypass")[apart] > 0.5 * before > 0
+    assert values(found.choice, "chosen_by_separability") == {apart: 1.0}
+
+
+def test_random_directions_pass_nowhere_and_the_choice_says_so() -> None:
+    for seed in range(2):
+        choice = causal_selector()(candidates(lambda d, s=seed: random_direction(d, s, seed=99)))
+        assert choice.reason.startswith("NO hook of 4 passes the causal test")
+        assert values(choice, "causal_passed") == {None: 0.0}
+        assert choice.hook == by_separability(candidates()).hook  # said to be taken by separability
+
+
+def test_a_separating_direction_that_is_not_used_loses_to_random_ones_where_no_other_is_left() -> None:
+    lonely = candidates()
+    hook = "blocks.0.hook_resid_post"
+    idle = torch.zeros(64)
+    idle[IDLE] = 30.0
+    alone = replace(
+        lonely, directions={hook: Direction("joy", hook, idle, "planted")}, scores={hook: lonely.scores[hook]}
+    )
+    choice = causal_selector(limits=Limits(min_induce=-100.0))(alone)
+    assert "1 no better than random" in choice.reason
+    assert np.isfinite(values(choice, "bypass_random")[hook])
+
+
+# --- how it looks ---------------------------------------------------------------------------------------------------
+
+
+def test_the_reporting_split_is_not_looked_at() -> None:
+    twisted = candidates()
+    worse = replace(twisted.acts.concept, test=planted_concept().train[:3])
+    changed = replace(twisted, acts=replace(twisted.acts, concept=worse))
+    assert causal_selector()(twisted) == causal_selector()(changed)
+
+
+def test_equal_seeds_give_equal_choices_and_the_model_is_left_as_found() -> None:
+    model, before = planted(), {n: p.clone() for n, p in planted().named_parameters()}
+    state = torch.random.get_rng_state()
+    first, second = causal_selector(seed=1)(candidates()), causal_selector(seed=1)(candidates())
+    assert first == second
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+def test_what_is_left_out_beforehand_is_said_and_costs_no_forward() -> None:
+    choice = causal_selector(limits=Limits(latest=0.5))(candidates())
+    notes = {r.hook: r.note for r in choice.measurements if r.metric == "causal_eligible"}
+    assert notes["blocks.3.hook_resid_post"] is not None
+    assert notes["blocks.3.hook_resid_post"].startswith("too late")
+    apart = values(choice, "chosen_by_separability").keys()
+    late = {h for h, note in notes.items() if note is not None and note.startswith("too late")}
+    assert not (late - apart) & values(choice, "kl").keys()
+
+
+def test_a_near_duplicate_of_a_passing_direction_is_not_scored() -> None:
+    made = candidates()
+    first = made.directions["blocks.1.hook_resid_post"]
+    twin = replace(first, hook="blocks.2.hook_resid_pre", vector=first.vector * 1.5)
+    both = replace(
+        made,
+        directions={first.hook: first, twin.hook: twin},
+        scores={first.hook: made.scores[first.hook], twin.hook: made.scores[first.hook]},
+    )
+    notes = {r.hook: r.note for r in causal_selector()(both).measurements if r.metric == "causal_eligible"}
+    assert sorted(note is None for note in notes.values()) == [False, True]
+    assert any(note is not None and note.startswith("near-duplicate") for note in notes.values())
+
+
+@pytest.mark.parametrize("name", list(zoo.ARCHITECTURES))
+@pytest.mark.parametrize("point", ["resid_pre", "resid_post"])
+def test_resuming_from_the_kept_stream_equals_adding_by_a_hook(name: str, point: str) -> None:
+    model = load_model(zoo.make(name), tokenizer=zoo.tokenizer(), check=False)
+    g = torch.Generator().manual_seed(0)
+    prompts = encode_for(model, [synthetic.words(g, n) for n in (5, 19, 11)])
+    score = TokenLogOdds((7, 8, 9), prefix=(12,))
+    directions = [
+        Direction("joy", hook, 3 * torch.randn(64, generator=g), "dim") for hook in hooks_at(model, point, [0, 2, -1])
+    ]
+    assert all(resume_layer(d.hook) is not None for d in directions)
+    quick = CausalUse(model, prompts, prompts, score).induce(directions, 0.7)
+    for d, found in zip(directions, quick, strict=True):
+        slow = score(next_logprobs(model, prompts, prefix=score.prefix, hooks=steer(d, 0.7))).numpy()
+        np.testing.assert_allclose(found, slow, atol=2e-4)
+
+
+# --- behaviour scores -----------------------------------------------------------------------------------------------
+
+
+def test_log_odds_are_those_of_the_summed_probability() -> None:
+    logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(0)).double()
+    share = logits.softmax(-1)[:, [3, 5]].sum(-1)
+    torch.testing.assert_close(TokenLogOdds((3, 5))(logits), torch.log(share / (1 - share)))
+    sure = torch.full((1, 5), -60.0, dtype=torch.float64)
+    sure[0, 2] = 0.0
+    torch.testing.assert_close(TokenLogOdds((2,))(sure), torch.tensor([60.0 - np.log(4)], dtype=torch.float64))
+
+
+def test_the_derived_tokens_are_those_the_positive_answers_begin_with() -> None:
+    model, pairs = planted(), planted_concept().train
+    sides = [encode_for(model, [getattr(p, side) for p in pairs]) for side in ("positive", "negative")]
+    found = derive_log_odds(model, *sides)
+    assert found.ids == (YES,)
+    assert found.prefix == ()
+    assert found.distance > 0.9
+
+
+def test_sides_that_are_answered_alike_need_a_behaviour_handed_in() -> None:
+    model, pairs = planted(), planted_concept().train
+    same = encode_for(model, [p.negative for p in pairs])
+    with pytest.raises(DataError, match="hand in behaviour="):
+        derive_log_odds(model, same[:12], same[12:])
+
+
+def test_a_behaviour_can_be_handed_in_and_must_hold_on_the_selection_pairs() -> None:
+    choice = causal_selector(lambda logits: logits[:, YES] - logits[:, NO])(candidates())
+    assert choice.hook == "blocks.1.hook_resid_post"
+    with pytest.raises(DataError, match="is not above that of the negative ones"):
+        causal_selector(lambda logits: logits[:, NO] - logits[:, YES])(candidates())
+
+
+def test_pairs_that_hold_their_answers_are_refused() -> None:
+    made = candidates()
+    turn = [{"role": "user", "content": "w10 w11"}, {"role": "assistant", "content": "w12"}]
+    pairs = tuple(replace(p, positive=turn) for p in planted_concept().train)
+    with pytest.raises(DataError, match="hold the answers already"):
+        causal_selector()(replace(made, acts=replace(made.acts, concept=replace(planted_concept(), train=pairs))))
+
+
+def test_the_interval_of_a_mean_is_wider_where_templates_agree_within() -> None:
+    scores = np.repeat([0.0, 1.0, 2.0, 3.0], 25) + np.linspace(0, 0.01, 100)
+    alone = clustered_mean(scores, [str(i) for i in range(100)])
+    together = clustered_mean(scores, [str(i // 25) for i in range(100)])
+    assert alone.value == pytest.approx(together.value)
+    assert together.high - together.low > 2 * (alone.high - alone.low)
+    assert np.isnan(clustered_mean(scores, ["one"] * 100).low)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_extract_shows_both_choices_side_by_side_and_keeps_the_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planted_hf().save_pretrained(tmp_path / "model")
+    synthetic.chat_tokenizer().save_pretrained(tmp_path / "model")
+    concept = planted_concept()
+    rows = [
+        {"positive_query": p.positive, "negative_query": p.negative, "split": split, "template": p.template}
+        for split in ("train", "val", "test")
+        for p in getattr(concept, split)
+    ]
+    (tmp_path / "joy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    told = ["extract", "--model", tmp_path / "model", "--pairs", tmp_path / "joy.jsonl", "--out", tmp_path / "run"]
+    asked = map(str, ["safety-lens", *told, "--select", "causal", "--null-repeats", 20])
+    monkeypatch.setattr(sys, "argv", list(asked))
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    assert done.value.code == 0
+    out = capsys.readouterr().out
+    assert "→ by causal" in out
+    assert "→ by AUROC" in out
+    assert "separability alone would take blocks.0.hook_resid_post" in out
+    kept = [json.loads(line) for line in (tmp_path / "run" / "measurements.jsonl").read_text().splitlines()]
+    assert {"bypass", "induce", "kl", "causal_passed"} <= {row["metric"] for row in kept}
+    chosen_rows = [row["hook"] for row in kept if row["metric"] == "chosen"]
+    assert chosen_rows == ["blocks.1.hook_resid_post"]
+
+
+# --- the organism ---------------------------------------------------------------------------------------------------
+
+
+def test_on_the_organism_the_causal_hook_of_toxicity_stops_what_it_is_about() -> None:
+    model, whole = load_model("organism"), load_concept("toxicity")
+    part = replace(whole, train=whole.train[:48], val=whole.val[:24], test=whole.test[:24])
+    acts = read_concepts(model, [part], hooks_at(model))[0]
+    found = directions_from(model, acts, select=causal_selector(), null_repeats=20)
+    assert found.choice is not None
+    before = values(found.choice, "behaviour_positive")[None]
+    assert values(found.choice, "causal_passed")[None] >= 1
+    assert values(found.choice, "bypass")[found.choice.hook] < 0 < before
+    assert values(found.choice, "kl")[found.choice.hook] <= 0.1
