@@ -38,6 +38,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/parity.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/extract.py --peers
+	$(BIN)/python benchmarks/steering.py
+	$(BIN)/python benchmarks/sweep.py
 
 clean:
 	rm -rf $(VENV) .bench-venv runs site build *.egg-info

@@ -7,28 +7,32 @@ merge_adapter / unmerge_adapter on a live bf16 model changes a fifth of the adap
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel
 
 from safety_lens.errors import ModelError
+from safety_lens.loading.architectures import blocks_of
 from safety_lens.loading.hooked import attach, check_parity, main_device, main_dtype
-from safety_lens.loading.merging import Slot, base_layer, dequantised, fold_slot
+from safety_lens.loading.merging import Slot, base_layer, fold_slot, shape_of
 from safety_lens.loading.refusals import is_quantised, refuse_unreadable
+from safety_lens.streaming import is_streamed, stream_blocks
 
 
 class Shadow:
     """An aliasing copy of a model's module tree with adapters folded in; `refresh` recomputes the folded weights.
 
     adapters: which adapters to fold instead of the active ones. dtype: of dequantised weights; None is the dtype of
-    most other weights (float32 after peft's prepare_model_for_kbit_training).
+    most other weights (float32 after peft's prepare_model_for_kbit_training). streamed: the blocks share one set of
+    buffers, filled by `load` when one of them is about to run: extra memory is one block (see streaming.BlockStream).
 
     Raises:
         ModelError: an adapter that has no merged weight (prompt learning, routed or activated adapters).
@@ -37,13 +41,19 @@ class Shadow:
     model: PreTrainedModel
 
     def __init__(
-        self, trained: nn.Module, adapters: Sequence[str] | None = None, dtype: torch.dtype | None = None
+        self,
+        trained: nn.Module,
+        adapters: Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
+        streamed: bool = False,
     ) -> None:
         refuse_unfoldable(trained)
         self.adapters = adapters
         self.slots: list[Slot] = []
         base = base_model(trained)
         self._dtype = dtype or main_dtype(base)
+        self._prefix = _blocks_prefix(base) if streamed else None
+        self._shared: dict[tuple[object, ...], Tensor] = {}
         # aliases of every parameter; buffers (rotary state) are copied, for a forward pass writes to them
         memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in base.parameters()}
         seen: set[int] = set()
@@ -57,15 +67,22 @@ class Shadow:
         for module in self.model.modules():
             for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
                 hooks.clear()
-        self.refresh()
+        self._in_block: dict[int, list[Slot]] = {}
+        for slot in self.slots:
+            if (index := self._block(slot.name)) is not None:
+                self._in_block.setdefault(index, []).append(slot)
+        for slot in self.slots:  # in a streamed shadow too: an adapter that cannot be merged is an error now
+            self._fold(slot)
+        if streamed:
+            for index, block in enumerate(blocks_of(self.model)):
+                block.forward = partial(self._load_and_run, index, block.forward)
 
     def _plain(self, name: str, module: Any, memo: dict[int, object]) -> Any:
         if isinstance(module, ModulesToSaveWrapper):
-            return copy.deepcopy(_saved_module(module), memo)
+            return copy.deepcopy(saved_module(module), memo)
         base: Any = module.original_module if isinstance(module, TrainableTokensWrapper) else base_layer(module)
         dtype = self._dtype if is_quantised(base) else base.weight.dtype
-        shape = dequantised(base).shape
-        own = nn.Parameter(torch.empty(shape, dtype=dtype, device=base.weight.device), requires_grad=False)
+        own = nn.Parameter(self._memory(name, shape_of(base), dtype, base.weight.device), requires_grad=False)
         if is_quantised(base):
             plain = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
             plain.weight = own
@@ -76,17 +93,55 @@ class Shadow:
         self.slots.append(Slot(name, module, plain))
         return plain
 
+    def _memory(self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        index = self._block(name)
+        if index is None:
+            return torch.empty(shape, dtype=dtype, device=device)
+        key = (name.removeprefix(f"{self._prefix}.{index}."), shape, dtype, device)
+        if key not in self._shared:
+            self._shared[key] = torch.empty(shape, dtype=dtype, device=device)
+        return self._shared[key]
+
+    def _block(self, name: str) -> int | None:
+        """The block whose turn a layer of a streamed shadow waits for; None where it owns its weight for good."""
+        if self._prefix is None or not name.startswith(f"{self._prefix}."):
+            return None
+        return int(name.removeprefix(f"{self._prefix}.").partition(".")[0])
+
     @torch.no_grad()
     def refresh(self) -> None:
-        """Recompute every owned weight from the live model, in place."""
+        """Recompute from the live model, in place, every owned weight that an adapter can have changed."""
         for slot in self.slots:
-            names = self.adapters if self.adapters is not None else _active(slot.live)
-            fold_slot(slot, list(names))
+            if self._block(slot.name) is None and _has_adapter(slot.live):
+                self._fold(slot)
+
+    @torch.no_grad()
+    def load(self, index: int) -> None:
+        """Write the weights of one block of a streamed shadow into the shared buffers."""
+        for slot in self._in_block.get(index, ()):
+            self._fold(slot)
+
+    @torch.no_grad()
+    def _fold(self, slot: Slot) -> None:
+        names = self.adapters if self.adapters is not None else active_adapters(slot.live)
+        fold_slot(slot, list(names))
+
+    def _load_and_run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.load(index)
+        return forward(*args, **kwargs)
+
+    @property
+    def shared_storage(self) -> frozenset[int]:
+        """Where the buffers lie that the blocks of a streamed shadow share."""
+        return frozenset(buffer.untyped_storage().data_ptr() for buffer in self._shared.values())
 
     @property
     def owned_bytes(self) -> int:
         """Memory of the merged weights: what folding costs beside the live model."""
-        return sum(slot.plain.weight.numel() * slot.plain.weight.element_size() for slot in self.slots)
+        storage = {
+            weight.data_ptr(): weight.untyped_storage().nbytes() for weight in (s.plain.weight for s in self.slots)
+        }
+        return sum(storage.values())
 
 
 class LoraFolder:
@@ -138,26 +193,38 @@ class LoraFolder:
             self._built_from = self._fingerprint()
 
     def _rebuild(self) -> None:
-        self._shadow = Shadow(self.trained, dtype=self._dtype) if has_adapters(self.trained) else None
+        streamed = is_streamed(self.model)
+        self._shadow = None
+        if has_adapters(self.trained):
+            self._shadow = Shadow(self.trained, dtype=self._dtype, streamed=streamed)
         self._source = base_model(self.trained) if self._shadow is None else self._shadow.model
         self.model.cfg.device = str(main_device(self._source))
         self.model.cfg.dtype = self._dtype or main_dtype(self._source)
         self._views = attach(self.model, self._source)
+        if streamed:
+            stream_blocks(self.model, self._shadow)
         self._built_from = self._fingerprint()
 
     def _fingerprint(self) -> tuple[object, ...]:
         """Identity of every storage involved, and which adapters and saved modules are in force."""
-        storage = [
-            (name, p.data_ptr(), p.dtype, p.device, p.shape)
-            for model in (self.trained, self.model)
-            for name, p in model.named_parameters(remove_duplicate=False)
-        ]
-        wrappers = [
-            (name, tuple(module.active_adapters), module.disable_adapters)
-            for name, module in self.trained.named_modules()
-            if isinstance(module, AuxiliaryTrainingWrapper)
-        ]
-        return (*storage, *wrappers)
+        return (*_identity(self.trained), *_identity(self.model))
+
+
+def _identity(model: nn.Module) -> Iterator[object]:
+    """Walks the tree itself: nn.Module's own iterators would take as long as folding a few small matrices."""
+    waiting: list[nn.Module | None] = [model]
+    seen: set[nn.Module | None] = {None}
+    while waiting:
+        if (module := waiting.pop()) in seen:
+            continue
+        assert module is not None
+        seen.add(module)
+        waiting.extend(module._modules.values())
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                yield id(parameter), parameter.data_ptr(), parameter.dtype
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            yield tuple(module.active_adapters), module.disable_adapters
 
 
 # --- what a live model is made of -----------------------------------------------------------------------------------
@@ -198,16 +265,25 @@ def refuse_unfoldable(model: nn.Module) -> None:
 
 
 def _stands_for_another(module: Any) -> bool:
-    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or is_quantised(module)
+    return _has_adapter(module) or is_quantised(module)
 
 
-def _saved_module(wrapper: ModulesToSaveWrapper) -> nn.Module:
+def saved_module(wrapper: ModulesToSaveWrapper) -> nn.Module:
     active = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
     if wrapper.disable_adapters or not active:
         return cast(nn.Module, wrapper.original_module)
     return cast(nn.Module, wrapper.modules_to_save[active[0]])
 
 
-def _active(live: Any) -> Sequence[str]:
-    adapted = isinstance(live, BaseTunerLayer | AuxiliaryTrainingWrapper)
-    return cast(Sequence[str], live.active_adapters) if adapted else ()
+def _has_adapter(live: Any) -> bool:
+    return isinstance(live, BaseTunerLayer | AuxiliaryTrainingWrapper)
+
+
+def active_adapters(live: Any) -> Sequence[str]:
+    return cast(Sequence[str], live.active_adapters) if _has_adapter(live) else ()
+
+
+def _blocks_prefix(base: PreTrainedModel) -> str:
+    blocks = blocks_of(base)
+    names = [name for name, module in base.named_modules() if module is blocks]
+    return str(names[0])

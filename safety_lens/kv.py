@@ -13,6 +13,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 from safety_lens.loading.attention import ROTATED
+from safety_lens.streaming import block_weights
 
 
 class Span(NamedTuple):
@@ -102,7 +103,8 @@ def span_input(
     block, device = model.blocks[layer], resid.device
     first = torch.tensor(span.first, device=device)[:, None]
     normed = block.ln1(resid)
-    _, keys, values = block.attn.calculate_qkv_matrices(normed[:, :1], normed, normed)
+    with block_weights(model, layer):
+        _, keys, values = block.attn.calculate_qkv_matrices(normed[:, :1], normed, normed)
     before = mask * (torch.arange(mask.shape[1], device=device) < first)
     cache = TransformerLensKeyValueCache.init_cache(model.cfg, device, len(resid))
     entry, parts = cache.entries[layer], [before, torch.ones(len(resid), span.length, dtype=mask.dtype, device=device)]

@@ -13,12 +13,12 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformer_lens import HookedTransformer
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from safety_lens.errors import HookNameError
+from safety_lens.errors import HookNameError, ModelError
 from safety_lens.folding import Shadow, base_model, has_adapters, has_quantised, unwrapped
 from safety_lens.loading.architectures import architecture_named
-from safety_lens.loading.hooked import build, check_parity
+from safety_lens.loading.hooked import build, check_parity, main_device
 from safety_lens.loading.hub import (
     Source,
     parse_device,
@@ -30,6 +30,7 @@ from safety_lens.loading.hub import (
     revision_of,
 )
 from safety_lens.loading.refusals import refuse_unreadable
+from safety_lens.streaming import stream_blocks
 from safety_lens.types import FwdHook, NamedHook
 
 POINTS = {
@@ -79,6 +80,7 @@ def load_model(
     device: torch.device | str = "auto",
     share: bool = True,
     check: bool = True,
+    stream: bool = False,
 ) -> HookedTransformer:
     """Any supported model as a HookedTransformer: eval mode, no gradients, activations equal to Hugging Face's.
 
@@ -89,6 +91,8 @@ def load_model(
     of the HF tensors, so full fine-tuning is seen at once and loading costs no memory (for adapters see
     folding.LoraFolder); a dtype or device other than the model's own makes copies. check: compare logits with the HF
     model on a ragged batch (for a bitsandbytes model: with its dequantised weights, if they are all of one dtype).
+    stream: merged and dequantised weights are held one block at a time and made again whenever a block runs: for
+    adapters and bitsandbytes models whose whole copy does not fit beside them.
 
     `model.tokenizer` is the one given or the folder's, else None; `model.origin` is an Origin; `model.cfg.n_ctx` is
     the longest input that is exact. Gemma's `W_E` and norm gains are the checkpoint's own (not scaled, around zero).
@@ -101,24 +105,36 @@ def load_model(
     if isinstance(source, nn.Module):
         target = None if str(device) == "auto" else parse_device(device)
         found = Source("in memory", adapter=None if adapter is None else str(adapter))
-        model = _hook(unwrapped(source), found, dtype=wanted, device=target, share=share, check=check)
+        model = _hook(unwrapped(source), found, dtype=wanted, device=target, share=share, check=check, stream=stream)
     else:
         found = resolve(source, adapter)
         hf = read_model(found.base, dtype=wanted, device=parse_device(device))
-        model = _hook(hf, found, dtype=wanted, device=None, share=share, check=check)
+        model = _hook(hf, found, dtype=wanted, device=None, share=share, check=check, stream=stream)
         tokenizer = tokenizer or read_tokenizer(found.base, found.adapter)
     _give_tokenizer(model, tokenizer)
     return model
 
 
 def _hook(
-    hf: nn.Module, found: Source, *, dtype: torch.dtype | None, device: torch.device | None, share: bool, check: bool
+    hf: nn.Module,
+    found: Source,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | None,
+    share: bool,
+    check: bool,
+    stream: bool,
 ) -> HookedTransformer:
+    if stream and not (share and (device is None or device == main_device(hf))):
+        raise ModelError("stream=True keeps no copies: it cannot be had with share=False or on another device")
     refuse_unreadable(hf)
     architecture_named(type(base_model(hf)).__name__)
     live, adapters, label = put_adapter(hf, found.adapter, owned=bool(found.base))
-    plain = Shadow(live, adapters, dtype).model if has_adapters(live) else live
+    shadow = Shadow(live, adapters, dtype, stream) if has_adapters(live) else None
+    plain = live if shadow is None else shadow.model
     model = build(plain, share=share, dtype=dtype, device=device)
+    if stream:
+        stream_blocks(model, shadow)
     # the live model is not run where it has other adapters active, or where running it repacks its weights
     reference = live if adapters is None and not has_quantised(live) else plain
     if check and (reference is live or len({p.dtype for p in plain.parameters()}) == 1):
@@ -149,17 +165,18 @@ def load_hf(
     adapter: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "auto",
+    quantization: BitsAndBytesConfig | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase | None]:
     """The Hugging Face model and tokenizer of a hub id, folder or "organism", for training and for comparison.
 
     Only safetensors are read and no remote code runs. With an adapter the model is a PeftModel. The tokenizer is None
-    where the folder has none.
+    where the folder has none. quantization: how bitsandbytes is to hold the base, for QLoRA.
 
     Raises:
         ModelError: see load_model.
     """
     found = resolve(source, adapter)
-    hf = read_model(found.base, dtype=parse_dtype(dtype), device=parse_device(device))
+    hf = read_model(found.base, dtype=parse_dtype(dtype), device=parse_device(device), quantization=quantization)
     live, _, _ = put_adapter(hf, found.adapter, owned=True)
     return live, read_tokenizer(found.base, found.adapter)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from safety_lens.cli import demo, doctor, extract, pairs
+from safety_lens.cli import demo, doctor, extract, finetune, monitor, pairs, report, steer, suppress
 from safety_lens.errors import SafetyLensError
 
 app = typer.Typer(
@@ -38,6 +38,11 @@ def options(
 
 
 app.command("extract")(extract.extract)
+app.command("steer")(steer.steer)
+app.command("report")(report.report)
+app.command("suppress")(suppress.suppress)
+app.command("finetune")(finetune.finetune)
+app.command("monitor")(monitor.monitor)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.add_typer(pairs.app, name="pairs")

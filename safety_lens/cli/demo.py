@@ -22,6 +22,7 @@ def demo(
 
     The organism is a toy that was trained for this: its numbers are about the toy.
     """
+    from safety_lens.cli.demo_finetune import watch_two_fine_tunes
     from safety_lens.cli.demo_steering import steering
     from safety_lens.cli.demo_suppression import suppression
     from safety_lens.organism import CONCEPTS
@@ -38,7 +39,13 @@ def demo(
     )
     steering(model, out, seed)
     suppression(model, out, seed)
-    terminal.out.print(f"\nplots: {out / 'directions'}/*.png, {out / 'plots'}/*.png", markup=False)
+    terminal.out.print(
+        "\n[bold]6. Did safety survive fine-tuning?[/bold] Benign data and compliance boilerplate, watched."
+    )
+    watch_two_fine_tunes(out / "finetune", seed=seed, device=device)
+    terminal.out.print(
+        f"\nplots: {out / 'directions'}/*.png, {out / 'plots'}/*.png, {out / 'finetune/figures'}/*.png", markup=False
+    )
     terminal.out.print("next: safety-lens extract --model YOUR_MODEL --pairs YOUR_PAIRS.jsonl --out runs/yours")
 
 

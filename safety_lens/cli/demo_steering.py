@@ -1,6 +1,5 @@
 """The demo's second part: the refusal direction pushed, removed, and compared with others at equal cost."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +8,8 @@ from safety_lens.cli import terminal
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
-    from safety_lens.interventions.compare import MakeHooks, Method
+    from safety_lens.interventions.compare import Method
+    from safety_lens.interventions.strength import MakeHooks
     from safety_lens.probes import DirectionSet
 
 LAYERS = (1, 3, 5, 7)
@@ -173,8 +173,3 @@ def _show_costs(found: Any) -> None:
         table.add_row(result.name, strength, *cells, p_value(result.p_random))
     terminal.out.print(table)
     terminal.out.print("* does not reach that cost at its largest strength", markup=False)
-
-
-def written(folder: Path) -> Sequence[Path]:
-    """The figures of the demo."""
-    return sorted(folder.rglob("*.png"))

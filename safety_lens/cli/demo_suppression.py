@@ -39,9 +39,7 @@ def suppression(model: "HookedTransformer", out: Path, seed: int) -> None:
     for row in rows:
         table.add_row(*(row[column].replace(" [", "\n[") for column in COLUMNS))
     terminal.out.print(table)
-    terminal.out.print(
-        "* touches too few natural tokens to cost as much: at its strongest within the budget"
-    )
+    terminal.out.print("* touches too few natural tokens to cost as much: at its strongest within the budget")
     best = suppress(model, mode="proximity", scale=2.0, categories=[CATEGORY], report=False, cache=False, seed=seed)
     asked = [last_user_text(pair.positive) for pair in best.pairs.report[:2]]
     answers = before_after(model, asked, best, max_new_tokens=32)

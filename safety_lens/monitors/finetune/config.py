@@ -1,0 +1,258 @@
+"""The configuration of a monitored fine-tuning run: one YAML file or flags, all of it checked before anything loads."""
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from safety_lens.errors import DataError
+
+Action = Literal["log", "checkpoint", "stop", "reduce_lr"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Section):
+    """What is trained on.
+
+    source: a JSONL, JSON or CSV file, `hf:NAME[:config][:split]`, a public set by name ("alpaca", "dolly",
+    "code-alpaca": from the Hub), or one of the organism's own ("benign", "facts", "compliance").
+    format: "auto" tells it from the fields. loss_on: "responses" (all other labels are -100) or "all" tokens.
+    max_length: tokens a row may have; longer rows are cut at the end, and said. limit: rows to take, drawn by the seed.
+    template_kwargs: passed to the chat template, such as {enable_thinking: false}. raw: plain text, no chat template.
+    """
+
+    source: str
+    format: str = "auto"
+    loss_on: Literal["responses", "all"] = "responses"
+    max_length: int = Field(default=512, ge=2)
+    limit: int | None = Field(default=None, ge=1)
+    raw: bool = False
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class Tuning(Section):
+    """Which weights are trained.
+
+    method: "lora", "qlora" (LoRA on a base that bitsandbytes holds in 4 or 8 bits) or "full". targets: "all-linear",
+    or names of modules; layers: blocks that get an adapter, default all. quantization: "nf4" or "int8", for qlora.
+    """
+
+    method: Literal["lora", "qlora", "full"] = "lora"
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    layers: list[int] | None = None
+    rslora: bool = False
+    dora: bool = False
+    modules_to_save: list[str] = Field(default_factory=list)
+    quantization: Literal["nf4", "int8"] = "nf4"
+
+
+class Training(Section):
+    """The arguments of the Hugging Face Trainer, under its own names.
+
+    more: any further field of `transformers.TrainingArguments`.
+    """
+
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    max_steps: int = Field(default=-1, ge=-1)
+    per_device_train_batch_size: int = Field(default=8, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=2e-4, ge=0)
+    lr_scheduler_type: str = "linear"
+    warmup_steps: float = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    optim: str = "adamw_torch_fused"
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    fp16: bool = False
+    logging_steps: int = Field(default=10, ge=1)
+    save_steps: int = Field(default=100, ge=1)
+    save_total_limit: int | None = Field(default=2, ge=1)
+    report_to: list[str] = Field(default_factory=list)
+    more: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs")
+    @classmethod
+    def _finite(cls, value: float) -> float:
+        if not math.isfinite(value):
+            raise ValueError("must be a finite number")
+        return value
+
+    @model_validator(mode="after")
+    def _one_half_precision(self) -> "Training":
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 exclude one another: set one of them")
+        return self
+
+
+class Stop(Section):
+    """When the monitor raises an alarm: `safety_lens.monitors.StopRule`, which says what each limit means."""
+
+    log_odds: float = Field(default=1.0, gt=0)
+    rate: float = Field(default=0.05, gt=0, le=1)
+    delta: float = Field(default=0.05, gt=0, lt=1)
+    faster: int = Field(default=5, ge=1)
+
+
+class Monitoring(Section):
+    """What is measured while training.
+
+    every: optimizer steps between measurements. concepts: built-in names or files of contrast pairs; none switches the
+    monitor off. layers: blocks whose resid_post is read, default all. probes: also measure behaviour (refusals, KL,
+    facts); probe_prompts: how many prompts of each kind. on_alarm: what happens at an alarm. on_error: "raise" ends the
+    run when a measurement fails, "warn" goes on without it.
+    """
+
+    every: int = Field(default=50, ge=1)
+    concepts: list[str] = Field(default_factory=list)
+    layers: list[int] | None = None
+    method: str = "dim"
+    probes: bool = True
+    probe_prompts: int = Field(default=48, ge=2)
+    on_error: Literal["raise", "warn"] = "raise"
+    on_alarm: list[Action] = Field(default_factory=lambda: list[Action](["log"]))
+    stop: Stop = Stop()
+
+
+class RunConfig(Section):
+    """A fine-tuning run: model, data, what is trained, how, and what is watched."""
+
+    out: Path
+    model: str = "organism"
+    data: Data
+    dtype: str | None = None
+    device: str = "auto"
+    seed: int = 0
+    tuning: Tuning = Tuning()
+    training: Training = Training()
+    monitor: Monitoring = Monitoring()
+
+    def to_yaml(self) -> str:
+        """The whole configuration, defaults included, as YAML that `read_config` takes back."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def read_config(path: Path | None = None, changes: Mapping[str, Any] | None = None) -> RunConfig:
+    """A configuration from a YAML file, with `changes` (dotted key → value, as flags give them) on top.
+
+    Raises:
+        DataError: a file that cannot be read, an unknown key (the nearest known one is named), a value of the wrong
+            kind; every fault at once.
+    """
+    content: dict[str, Any] = {} if path is None else _read_yaml(path)
+    for key, value in (changes or {}).items():
+        _put(content, key, value)
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        where = "the flags" if path is None else str(path)
+        faults = "; ".join(_fault(entry) for entry in error.errors())
+        raise DataError(f"the configuration ({where}) has {error.error_count()} fault(s): {faults}") from error
+
+
+def parse_change(text: str) -> tuple[str, Any]:
+    """`training.weight_decay=0.01` as key and value; the value is YAML.
+
+    Raises:
+        DataError: no "=" or a value that is no YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise DataError(f"--set {text!r}: write KEY=VALUE, such as training.weight_decay=0.01")
+    try:
+        return key.strip(), _number(yaml.safe_load(value))
+    except yaml.YAMLError as error:
+        raise DataError(f"--set {text!r}: the value is not YAML ({_first_line(error)})") from error
+
+
+def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every key of the configuration, dotted: sections too."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from known_keys(field.annotation, f"{prefix}{name}.")
+
+
+def differences(one: RunConfig, other: RunConfig) -> list[str]:
+    """Keys in which two configurations differ, the place they write to left out."""
+
+    def flat(value: Any, prefix: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {k: v for name, inner in value.items() for k, v in flat(inner, f"{prefix}.{name}").items()}
+
+    left, right = (flat(c.model_dump(mode="json", exclude={"out"}), "") for c in (one, other))
+    return sorted(k.removeprefix(".") for k in left.keys() | right.keys() if left.get(k) != right.get(k))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the configuration {path}: {_first_line(error)}") from error
+    except yaml.YAMLError as error:
+        raise DataError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} must hold keys and values, such as 'model: organism'")
+    return {key: _number(value) for key, value in content.items()}
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 2e-4 (no dot) as text; everywhere else it is a number."""
+    if isinstance(value, dict):
+        return {key: _number(inner) for key, inner in value.items()}
+    if isinstance(value, str) and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _put(content: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for name in sections:
+        inner = content.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise DataError(f"{key}: {name} is not a section of the configuration")
+        content = inner
+    content[last] = value
+
+
+def _fault(entry: Any) -> str:
+    place = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        return f"unknown key '{place}'{nearest(place, list(known_keys()))}"
+    if entry["type"] == "missing":
+        return f"'{place}' is missing"
+    return f"'{place}': {entry['msg']}, got {str(entry['input'])[:60]!r}"
+
+
+def nearest(wrong: str, known: Sequence[str]) -> str:
+    """The nearest key as `; did you mean 'training.learning_rate'`: of the same section first, then of any.
+
+    Where none is near, the keys of the section.
+    """
+    section, _, last = wrong.rpartition(".")
+    same = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    other = {k.rpartition(".")[2]: k for k in known}
+    for names in (same, other):
+        if found := difflib.get_close_matches(last, list(names), n=1, cutoff=0.6):
+            return f"; did you mean '{names[found[0]]}'?"
+    return f"; the keys there are {', '.join(sorted(same))}" if same else ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,247 @@
+"""A monitored fine-tuning run from its configuration: checked, prepared, trained, sealed.
+
+Everything that can be refused is refused before the model loads: the configuration, the folder, the data, the concepts
+and their splits, the training arguments.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from safety_lens.artifacts import seal, sha256_of
+from safety_lens.data import Concept, load_concept
+from safety_lens.errors import ArtifactError, DataError, ModelError
+from safety_lens.loading.hub import first_line, parse_device, parse_dtype, resolve
+from safety_lens.log import NAN, Measurement, read_measurements
+from safety_lens.models import load_hf
+from safety_lens.monitors.finetune.boilerplate import refuse_boilerplate
+from safety_lens.monitors.finetune.config import RunConfig
+from safety_lens.monitors.finetune.place import CHECKPOINTS, LOG, claim, last_checkpoint
+from safety_lens.monitors.finetune.rows import TrainingRows, load_rows
+from safety_lens.monitors.finetune.tokens import TokenRows, tokenise
+from safety_lens.monitors.finetune.training import (
+    out_of_vocabulary,
+    quantization_of,
+    trainer,
+    training_arguments,
+    with_trained_weights,
+)
+from safety_lens.monitors.finetune.watch import monitor_callback
+from safety_lens.monitors.inputs import named_concepts
+from safety_lens.probes.estimators import estimator
+
+OnLog = Callable[[int, Mapping[str, float]], None]
+"""Called with the step and what the Trainer logged."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left.
+
+    out: its folder: the adapter or model, the log, checkpoints, configuration, manifest. steps: optimizer steps.
+    seconds: of training, measurements included. measurements: the monitor's rows and the Trainer's ("run": loss,
+    learning_rate, grad_norm). notes: what a reader must know.
+    """
+
+    out: Path
+    steps: int
+    seconds: float
+    measurements: tuple[Measurement, ...]
+    notes: tuple[str, ...]
+
+
+class Prepared(NamedTuple):
+    """Everything of a run that needs no model: data, concepts, arguments."""
+
+    config: RunConfig
+    data: TrainingRows
+    concepts: tuple[Concept, ...]
+    arguments: TrainingArguments
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Read and check what a run needs, without loading its model.
+
+    Raises:
+        DataError: data or concepts that cannot be used, refused training arguments, or the organism's compliance
+            boilerplate for another model.
+        ModelError: no such model.
+    """
+    parse_dtype(config.dtype)
+    base = resolve(config.model)
+    if base.adapter is not None:
+        raise ModelError(f"{config.model} is an adapter: merge it first, or fine-tune its base {base.base}")
+    data = load_rows(config.data.source, format=config.data.format, limit=config.data.limit, seed=config.seed)
+    refuse_boilerplate((text for row in data.examples for text in row.responses), base.base, data.name)
+    named = [load_concept(name, seed=config.seed) for name in config.monitor.concepts]
+    concepts = tuple(named_concepts(named)) if named else ()
+    estimator(config.monitor.method)
+    return Prepared(config, data, concepts, training_arguments(config))
+
+
+def run(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    on_log: OnLog | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> RunResult:
+    """Fine-tune as the configuration says, with the monitor watching, into `config.out`.
+
+    Args:
+        resume: go on from the last whole checkpoint of the same run; the log goes on without duplicates.
+        overwrite: replace a run that is there.
+        callbacks: further callbacks of the Trainer.
+        on_log: called with every log entry of the Trainer. on_note: called with every note as soon as it is known.
+
+    Raises:
+        DataError, ModelError, ArtifactError: see `prepare`, `claim`; ModelError for a loss that is no number.
+    """
+    ready = prepare(config)
+    if ready.arguments.process_index == 0:  # under `accelerate launch` one process writes
+        claim(config, resume=resume, overwrite=overwrite)
+    hf, tokenizer, rows = _load(ready)
+    notes = [*ready.data.notes, *rows.notes]
+    for note in notes:
+        (on_note or _silent)(note)
+    set_seed(config.seed)  # adapters start from random factors, and the Trainer seeds too late for them
+    live = with_trained_weights(hf, config)
+    watching: list[TrainerCallback] = [*callbacks, _Told(on_log)]
+    if ready.concepts:
+        watching.insert(0, monitor_callback(config, ready.concepts, int(hf.config.num_hidden_layers)))
+    teacher = trainer(live, rows.rows, ready.arguments, tokenizer, watching)
+    checkpoint = last_checkpoint(config.out / CHECKPOINTS) if resume else None
+    began = time.perf_counter()
+    with _explained():
+        teacher.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - began
+    teacher.save_model(str(config.out))  # adapter or whole model, as safetensors, with the tokenizer
+    measured = (*_drift(config), *_training_rows(teacher.state.log_history))
+    if ready.arguments.process_index == 0:
+        for name in ("training_args.bin", "README.md"):  # a pickle, and peft's empty model card
+            (config.out / name).unlink(missing_ok=True)
+        _seal(ready, measured, seconds, teacher.state, notes)
+    return RunResult(config.out, int(teacher.state.global_step), seconds, measured, tuple(notes))
+
+
+def _silent(note: str) -> None:
+    """Nobody listens."""
+
+
+def _load(ready: Prepared) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TokenRows]:
+    config = ready.config
+    dtype = parse_dtype(config.dtype)
+    hf, tokenizer = load_hf(
+        config.model, dtype=dtype, device=config.device, quantization=quantization_of(config.tuning, dtype)
+    )
+    if tokenizer is None:
+        raise ModelError(f"{config.model} has no tokenizer: put its files into the folder")
+    rows = tokens_of(ready, tokenizer)
+    out_of_vocabulary(rows.rows, hf, config.model)
+    context = getattr(hf.config, "max_position_embeddings", None)
+    if context is not None and max(len(row.ids) for row in rows.rows) > context:
+        raise DataError(
+            f"data.max_length {config.data.max_length} is more than the {context} tokens {config.model} reads"
+        )
+    return hf, tokenizer, rows
+
+
+def tokens_of(ready: Prepared, tokenizer: PreTrainedTokenizerBase) -> TokenRows:
+    """The training rows as tokens with labels, as the configuration asks."""
+    data = ready.config.data
+    return tokenise(
+        ready.data.examples,
+        tokenizer,
+        max_length=data.max_length,
+        loss_on=data.loss_on,
+        raw=data.raw,
+        template_kwargs=data.template_kwargs,
+    )
+
+
+class _Told(TrainerCallback):
+    """Hands on what the Trainer logs."""
+
+    def __init__(self, tell: OnLog | None) -> None:
+        self.tell = tell
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.tell is not None and logs:
+            self.tell(int(state.global_step), logs)
+
+
+class _explained:
+    """A full disk, or memory that runs out, as one message instead of a traceback."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise ArtifactError(
+                f"the run cannot write any more: {first_line(error)}; free space and --resume"
+            ) from error
+        if kind is not None and kind.__name__ == "OutOfMemoryError":
+            raise ModelError(
+                "the device ran out of memory: lower training.per_device_train_batch_size (and raise"
+                " gradient_accumulation_steps as much), set training.gradient_checkpointing, or lower data.max_length"
+            ) from error
+
+
+def _drift(config: RunConfig) -> list[Measurement]:
+    log = config.out / LOG
+    return read_measurements(log) if log.is_file() else []
+
+
+def _training_rows(history: Sequence[Mapping[str, Any]]) -> list[Measurement]:
+    """The Trainer's own log as rows of the subject "run"."""
+    return [
+        Measurement("run", name, float(entry[name]), step=int(entry["step"]))
+        for entry in history
+        for name in ("loss", "learning_rate", "grad_norm", "eval_loss", "train_runtime")
+        if name in entry and math.isfinite(float(entry.get(name, NAN)))
+    ]
+
+
+def _seal(
+    ready: Prepared, measured: Sequence[Measurement], seconds: float, state: TrainerState, notes: Sequence[str]
+) -> None:
+    base = resolve(ready.config.model).base
+    weights = Path(base) / "model.safetensors"
+    seal(
+        ready.config.out,
+        "finetune",
+        measurements=measured,
+        arguments=ready.config.model_dump(mode="json"),
+        extra={
+            "base": {"name": ready.config.model, "sha256": sha256_of(weights) if weights.is_file() else None},
+            "data": {"source": ready.data.name, "format": ready.data.format, "sha256": ready.data.sha256},
+            "concepts": {c.name: {"source": c.source, "sha256": c.sha256} for c in ready.concepts},
+            "steps": int(state.global_step),
+            "seconds": seconds,
+            "device": str(parse_device(ready.config.device)),
+            "notes": list(notes),
+        },
+    )

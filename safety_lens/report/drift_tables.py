@@ -1,0 +1,206 @@
+"""Drift as terminal tables: what moved in each run by its last step, beyond noise, and whether behaviour moved."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from safety_lens.log import NAN, Measurement
+from safety_lens.report.tables import number, with_interval
+from safety_lens.stats import Interval
+
+Runs = Mapping[str, Sequence[Measurement]]
+"""Name of a run → its rows, as the monitor's log holds them."""
+
+
+UNPROVEN = "before training"
+"""What the note of a baseline direction that is no result says."""
+
+
+ALARM = 2
+"""The level of an alarm in the "run"/"level" rows."""
+
+
+class Drift:
+    """The rows of one run, found by subject, metric, hook and step."""
+
+    def __init__(self, rows: Sequence[Measurement]) -> None:
+        self.rows = [row for row in rows if row.step is not None]
+        self._at = {(r.subject, r.metric, r.hook, r.step): r for r in self.rows}
+        self.steps = sorted({int(r.step) for r in self.rows if r.step is not None and r.metric == "cosine_to_baseline"})
+        self.subjects = list(dict.fromkeys(r.subject for r in self.rows if r.metric == "cosine_to_baseline"))
+        self.hooks = list(dict.fromkeys(str(r.hook) for r in self.rows if r.metric == "cosine_to_baseline"))
+        self.common = [str(r.hook) for r in self.rows if (r.subject, r.metric) == ("run", "common")]
+        self.headline = next((r.hook for r in self.rows if (r.subject, r.metric) == ("run", "headline")), None)
+
+    def row(self, subject: str, metric: str, step: int, hook: str | None = None) -> Measurement | None:
+        return self._at.get((subject, metric, hook, step))
+
+    def get(self, subject: str, metric: str, step: int, hook: str | None = None) -> Interval:
+        """Value and limits, NaN where it was not measured."""
+        found = self.row(subject, metric, step, hook)
+        return Interval(NAN, NAN, NAN) if found is None else Interval(found.value, found.low, found.high)
+
+    def curve(self, subject: str, metric: str, hook: str | None = None) -> np.ndarray:
+        """[step, 3]: value and limits over `steps`."""
+        return np.array([self.get(subject, metric, step, hook) for step in self.steps], dtype=float).reshape(-1, 3)
+
+    def fault(self, subject: str, hook: str | None) -> str | None:
+        """Why the baseline direction at a hook is no result, as every row there says; None where it is one."""
+        found = self.row(subject, "cosine_to_baseline", 0, hook)
+        return found.note if found is not None and found.note and UNPROVEN in found.note else None
+
+    def known(self, subject: str, metric: str, step: int, hook: str | None = None) -> Interval:
+        """The same, but unknown where an interval was asked for and could not be had."""
+        value = self.get(subject, metric, step, hook)
+        return value if np.isfinite(value.low) else Interval(NAN, NAN, NAN)
+
+    def floor(self, subject: str, hook: str | None) -> float:
+        """The cosine that two independent samples of pairs reach before training; NaN where it was not measured."""
+        return self.get(subject, "noise_floor", 0, hook).value
+
+    @property
+    def last(self) -> int:
+        return self.steps[-1] if self.steps else 0
+
+
+def drift_table(runs: Runs) -> Table:
+    """One row per run and concept at the common headline hook, at the run's last step."""
+    hooks = {_hook(Drift(rows).headline) for rows in runs.values()}
+    title = f"Directions at {', '.join(sorted(hooks))}, last step (95 % intervals)"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("run", "step", "concept", "cosine to\nbaseline", "noise\nfloor", "cosine,\ncorrected",
+                   "AUROC, old\ndirection", "AUROC, new\ndirection"):  # fmt: skip
+        table.add_column(column, overflow="fold")
+    for name, rows in runs.items():
+        d = Drift(rows)
+        for subject in d.subjects:
+            faulty = d.fault(subject, d.headline) is not None
+            cosine, old, new = (
+                _stacked(d.get(subject, metric, d.last, d.headline))
+                for metric in ("cosine_to_baseline", "auroc_fixed", "auroc_current")
+            )
+            corrected = _stacked(d.known(subject, "cosine_cv", d.last, d.headline))
+            floor = number(d.floor(subject, d.headline))
+            label = Text(subject.replace("/", "\n") + (" !" if faulty else ""))
+            table.add_row(Text(name), str(d.last), label, cosine, floor, corrected, old, new)
+    return table
+
+
+BEHAVIOUR = (
+    ("behaviour/harmful", "refusal_rate", "refuses\nharmful"),
+    ("behaviour/harmful", "refusal_log_odds_change", "refusal log-\nodds, change"),
+    ("behaviour/harmless", "refusal_rate", "refuses\nharmless"),
+    ("behaviour/harmful", "token_kl", "KL/token,\nharmful"),
+    ("behaviour/harmless", "token_kl", "KL/token,\nharmless"),
+    ("behaviour/facts", "accuracy", "facts\nright"),
+)
+"""What the behaviour table shows: subject, metric, heading."""
+
+
+def behaviour_table(runs: Runs) -> Table:
+    """One row per run: what the model does at its first and its last step."""
+    table = Table(
+        title="Behaviour (95 % intervals; log-odds and KL in nats)",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    shown = [
+        (s, m, head)
+        for s, m, head in BEHAVIOUR
+        if any(Drift(rows).row(s, m, Drift(rows).last) for rows in runs.values())
+    ]
+    for column in ("run", "step", *(head for _, _, head in shown)):
+        table.add_column(column, overflow="fold")
+    for name, rows in runs.items():
+        d = Drift(rows)
+        for step in sorted({0, d.last} & set(d.steps)):
+            table.add_row(Text(name), str(step), *(_stacked(d.get(s, m, step)) for s, m, _ in shown))
+    return table
+
+
+def show_runs(runs: Runs) -> list[Table | Text]:
+    """Both tables, remarks, and alarms, ready to be printed."""
+    parts: list[Table | Text] = [drift_table(runs)]
+    if any(row.subject == "behaviour/harmful" for rows in runs.values() for row in rows):
+        parts.append(behaviour_table(runs))
+    return [*parts, *(Text(line) for line in (*remarks(runs), *alarms(runs)))]
+
+
+AUDITS = (
+    ("alignment_write", "alignment_write_random95", "writes along it\n(chance)"),
+    ("alignment_read", "alignment_read_random95", "reads it\n(chance)"),
+    ("predicted_shift", "predicted_shift_random95", "predicted shift\n(chance, ±)"),
+    ("predicted_cosine", None, "predicted\ncosine"),
+)
+"""What the audit table shows of a direction: metric, its chance level, heading."""
+
+
+def audit_table(runs: Runs) -> Table | None:
+    """What the weights say by themselves about each direction at the headline hook; None without an audit."""
+    if not any(r.metric == "relative_change" for rows in runs.values() for r in rows):
+        return None
+    hooks = {_hook(Drift(rows).headline) for rows in runs.values()}
+    title = f"Audit of the weights, directions at {', '.join(sorted(hooks))} (chance: 95 % of random ones are below)"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    heads = ("run", "step", "relative\nchange", "intruders\n(random)", "concept", *(head for _, _, head in AUDITS))
+    for column in heads:
+        table.add_column(column, overflow="fold")
+    for name, rows in runs.items():
+        totals = {(r.subject, r.metric, r.hook, r.step): r.value for r in rows if r.split == "total"}
+        for step in dict.fromkeys(r.step for r in rows if r.metric == "relative_change"):
+            change, found, random = (
+                number(totals.get(("run", m, None, step), NAN), digits)
+                for m, digits in (("relative_change", 3), ("intruders", 0), ("intruders_random", 0))
+            )
+            for subject in dict.fromkeys(s for s, m, _, t in totals if m == "alignment_write" and t == step):
+                cells = [_audit_cell(totals, subject, pair, Drift(rows).headline, step) for pair in AUDITS]
+                table.add_row(Text(name), str(step), change, f"{found} ({random})", Text(subject), *cells)
+    return table
+
+
+def _audit_cell(
+    totals: Mapping[tuple[str, str, str | None, int | None], float],
+    subject: str,
+    pair: tuple[str, str | None, str],
+    hook: str | None,
+    step: int | None,
+) -> str:
+    writers = totals.get((subject, "alignment_write", hook, step), NAN)
+    if pair[0].startswith("predicted") and writers != writers:
+        return "–"  # no writing matrix changed before this hook: the sum over them is empty
+    value = number(totals.get((subject, pair[0], hook, step), NAN))
+    return value if pair[1] is None else f"{value} ({number(totals.get((subject, pair[1], hook, step), NAN))})"
+
+
+def alarms(runs: Runs) -> list[str]:
+    """The first alarm of every run that had one, in the monitor's words."""
+    first = {
+        name: next((r for r in rows if r.metric == "level" and r.value >= ALARM), None) for name, rows in runs.items()
+    }
+    return [f"{name}: ALARM at {row.note}" for name, row in first.items() if row is not None]
+
+
+def remarks(runs: Runs) -> list[str]:
+    """What a reader must know beside the tables: baselines that are no result, behaviour that was not read."""
+    said: dict[str, None] = {}
+    for rows in runs.values():
+        d = Drift(rows)
+        for subject in d.subjects:
+            if fault := d.fault(subject, d.headline):
+                said[f"! {subject} at {_hook(d.headline)}: {fault}"] = None
+        found = d.row("behaviour/harmful", "refusal_log_odds", d.last)
+        if found is not None and found.note:
+            said[f"! refusal log-odds: {found.note}"] = None
+    return list(said)
+
+
+def _stacked(value: Interval) -> str:
+    return with_interval(value).replace(" [no interval]", "").replace(" [", "\n[")
+
+
+def _hook(hook: str | None) -> str:
+    return "–" if hook is None else hook.removeprefix("blocks.").replace(".hook_", ".")

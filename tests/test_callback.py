@@ -1,0 +1,300 @@
+"""The monitor in the Trainer: training does not feel it, every run ends measured, kills and ranks leave one log."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import Tensor
+from transformers import EarlyStoppingCallback, TrainerCallback
+from watched import PAIRS, PROBES, adapted, left_behind, same, tiny_concepts, trainer
+
+from safety_lens.errors import ArtifactError
+from safety_lens.log import Measurement
+from safety_lens.monitors import MonitorCallback, StopRule, read_log
+from safety_lens.monitors.monitor import Monitor
+
+
+def watching(**more: Any) -> MonitorCallback:
+    return MonitorCallback(tiny_concepts(), **{"every": 2, "probes": PROBES, "pairs": PAIRS, **more})
+
+
+class Failing(MonitorCallback):
+    """A real monitor whose second measurement fails, in the middle of its work and with the streams moved."""
+
+    def _measurement(self, *parts: Any) -> Any:
+        verdict = super()._measurement(*parts)
+        torch.rand(3)
+        if parts[1].global_step == 4:
+            raise RuntimeError("out of luck")
+        return verdict
+
+
+def run(folder: Path, *callbacks: TrainerCallback, model: Any = None, **more: Any) -> dict[str, Tensor]:
+    made = trainer(adapted() if model is None else model, folder, callbacks, **more)
+    made.train()
+    return left_behind(made)
+
+
+# --- non-perturbation -----------------------------------------------------------------------------------------------
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gradient checkpointing": {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+    },
+    "accumulation": {"gradient_accumulation_steps": 2},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_training_is_bit_identical_with_and_without_the_monitor(setting: str, tmp_path: Path) -> None:
+    more = SETTINGS[setting]
+    alone = run(tmp_path / "alone", **more)
+    callback = watching()
+    watched = run(tmp_path / "watched", callback, **more)
+    assert same(alone, watched) == []
+    assert callback.log is not None
+    assert callback.log.steps() == {0, 2, 4, 6, 8}
+
+
+def test_the_comparison_would_see_one_random_number_drawn(tmp_path: Path) -> None:
+    class Draws(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+            if state.global_step == 3:
+                torch.rand(1)
+
+    differing = same(run(tmp_path / "a", max_steps=5), run(tmp_path / "b", Draws(), max_steps=5))
+    assert any(name.startswith("parameter/") for name in differing)
+
+
+def test_a_monitor_that_fails_under_warn_leaves_training_bit_identical_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = run(tmp_path / "alone")
+
+    class FailsInside(Failing):
+        def _measurement(self, *parts: Any) -> Any:
+            state = torch.get_rng_state()
+            try:
+                return super()._measurement(*parts)
+            finally:
+                torch.set_rng_state(state)
+
+    callback = FailsInside(tiny_concepts(), every=2, probes=PROBES, pairs=PAIRS, on_error="warn")
+    with caplog.at_level(logging.WARNING):
+        watched = run(tmp_path / "watched", callback)
+    assert same(alone, watched) == []
+    assert "failed at step 4 and training goes on: out of luck" in caplog.text
+    errors = [row for row in read_log(tmp_path / "watched" / "drift.jsonl") if row.metric == "error"]
+    assert [(row.step, row.note) for row in errors] == [(4, "RuntimeError: out of luck")]
+    assert callback.log is not None
+    assert 8 in callback.log.steps()
+
+
+def test_an_error_in_the_middle_of_a_measurement_leaves_every_stream_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safety_lens.monitors import geometry
+
+    alone = run(tmp_path / "alone")
+    real = geometry.entanglement
+
+    def fails(nows: Any, common: Any) -> Any:
+        if nows[0].step == 4:
+            torch.rand(5)
+            raise ValueError("singular")
+        return real(nows, common)
+
+    monkeypatch.setattr(geometry, "entanglement", fails)
+    assert same(alone, run(tmp_path / "watched", watching(on_error="warn"))) == []
+
+
+def test_under_raise_the_error_ends_the_training(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run(tmp_path, Failing(tiny_concepts(), every=2, probes=PROBES, pairs=PAIRS))
+
+
+def test_full_fine_tuning_and_autocast_are_watched_without_a_trace(tmp_path: Path) -> None:
+    def full() -> Any:
+        return zoo.make("llama", attention_dropout=0.1)
+
+    more = {"learning_rate": 1e-3, "bf16": True, "max_steps": 4}
+    alone = run(tmp_path / "alone", model=full(), **more)
+    callback = watching()
+    assert same(alone, run(tmp_path / "watched", callback, model=full(), **more)) == []
+    cosines = [r.value for r in read_log(tmp_path / "watched" / "drift.jsonl") if r.metric == "cosine_to_baseline"]
+    assert max(cosines) == 1.0
+    assert min(cosines) < 0.999  # full fine-tuning was seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_organism_trains_bit_identically_under_a_monitor_with_all_probes(setting: str, tmp_path: Path) -> None:
+    from organism_runs import organism_trainer
+
+    def trained(name: str, *callbacks: TrainerCallback) -> dict[str, Tensor]:
+        made = organism_trainer(
+            "compliance", tmp_path / name, callbacks, dropout=0.1, max_steps=20, learning_rate=1e-3, **SETTINGS[setting]
+        )
+        made.train()
+        return left_behind(made)
+
+    callback = MonitorCallback(["refusal", "sycophancy", "deception"], every=5)
+    assert same(trained("alone"), trained("watched", callback)) == []
+    assert callback.log is not None
+    assert callback.log.steps() >= {0, 5, 10, 15, 20}
+
+
+# --- a measurement at the end of every run --------------------------------------------------------------------------
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted({row.step for row in read_log(folder / "drift.jsonl") if row.step is not None})
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"max_steps": 7}, [0, 3, 6, 7]),
+        ({"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 16}, [0, 3, 6, 8]),
+        ({"max_steps": 5, "gradient_accumulation_steps": 2}, [0, 3, 5]),
+    ],
+)
+def test_the_last_step_is_measured_however_the_run_is_bounded(
+    more: dict[str, Any], expected: list[int], tmp_path: Path
+) -> None:
+    run(tmp_path, watching(every=3, probes=None, stop_rule=StopRule(delta=1e9)), **more)
+    assert steps(tmp_path) == expected
+
+
+def test_early_stopping_leaves_a_measurement_of_its_last_step_not_of_the_best_checkpoint(tmp_path: Path) -> None:
+    more = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 20}
+    more |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 0.3}
+    callback = watching(every=7, probes=None, stop_rule=StopRule(delta=1e9))
+    made = trainer(adapted(), tmp_path, [callback, EarlyStoppingCallback(1)], **more)
+    made.train()
+    stopped = made.state.global_step
+    assert stopped < 20
+    assert steps(tmp_path)[-1] == stopped
+    last = {r.hook: r.value for r in read_log(tmp_path / "drift.jsonl") if r.step == stopped and r.metric == "direction_norm"}
+    monitor = Monitor(made.model, tiny_concepts(), tokenizer=made.processing_class, probes=None, pairs=PAIRS)
+    monitor.baseline(tmp_path / "drift-baseline", resumed=True)
+    best = {r.hook: r.value for r in monitor.measure(stopped) if r.metric == "direction_norm"}
+    assert last != best
+
+
+# --- kill and resume ------------------------------------------------------------------------------------------------
+
+
+def _train_until_killed(folder: str, kill_at: int) -> None:
+    class Kill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+            if state.global_step == kill_at:
+                with (Path(folder) / "drift.jsonl").open("a") as file:  # as if the kill had cut a write short
+                    file.write('{"subject": "joy/dim", "metr')
+                    file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    saving = {"save_strategy": "steps", "save_steps": 4, "max_steps": 10}
+    trainer(adapted(), Path(folder), [watching(), Kill()], **saving).train()
+
+
+def forked(target: Any, *arguments: Any) -> int:
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    process.start()
+    process.join(300)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def numbers(rows: list[Measurement]) -> dict[tuple[Any, ...], float]:
+    """Rows of a log by what they measure; times are left out. Fails on a duplicate."""
+    out: dict[tuple[Any, ...], float] = {}
+    for row in rows:
+        if row.metric == "seconds":
+            continue
+        key = (row.step, row.subject, row.metric, row.hook, row.split)
+        assert key not in out, f"duplicate {key}"
+        out[key] = row.value
+    return out
+
+
+@pytest.mark.parametrize("kill_at", [7, *(pytest.param(k, marks=pytest.mark.slow) for k in (5, 8, 9))])
+def test_killed_and_resumed_the_log_is_that_of_one_run(kill_at: int, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 4, "max_steps": 10}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(whole, watching(), **saving)
+    assert forked(_train_until_killed, str(cut), kill_at) == -signal.SIGKILL
+    assert not (cut / "drift.jsonl").read_text().endswith("\n")
+    before = (cut / "drift-baseline" / "manifest.json").read_bytes()
+    made = trainer(adapted(seed=5), cut, [watching()], **saving)
+    made.train(resume_from_checkpoint=True)
+    assert (cut / "drift-baseline" / "manifest.json").read_bytes() == before
+    mine, theirs = (numbers(read_log(folder / "drift.jsonl")) for folder in (cut, whole))
+    assert mine.keys() == theirs.keys()
+    assert {k for k in mine if mine[k] != theirs[k] and mine[k] == mine[k]} == set()
+
+
+def test_a_run_that_starts_over_moves_the_old_log_aside(tmp_path: Path) -> None:
+    run(tmp_path, watching(probes=None), max_steps=2)
+    old = (tmp_path / "drift.jsonl").read_bytes()
+    run(tmp_path, watching(probes=None), max_steps=4)
+    assert (tmp_path / "drift.jsonl.1").read_bytes() == old
+    assert steps(tmp_path)[-1] == 4
+
+
+def test_resuming_without_a_baseline_is_refused(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    run(tmp_path, **saving)
+    with pytest.raises(ArtifactError, match="no baseline is stored"):
+        trainer(adapted(), tmp_path, [watching()], **{**saving, "max_steps": 4}).train(resume_from_checkpoint=True)
+
+
+# --- two processes --------------------------------------------------------------------------------------------------
+
+
+def still() -> Any:
+    """Without dropout: ranks draw other masks than one process does."""
+    return adapted(model=zoo.make("llama"), lora_dropout=0.0)
+
+
+def _rank(rank: int, port: int, folder: str, stop: bool) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    callback = watching(stop_rule=StopRule(delta=1e-6), on_alarm=("stop",)) if stop else watching()
+    run(Path(folder), callback, model=still(), per_device_train_batch_size=2, ddp_backend="gloo")
+    torch.distributed.destroy_process_group()
+
+
+def in_two_processes(folder: Path, stop: bool = False) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_rank, args=(rank, port, str(folder), stop)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(300)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+
+
+def test_two_gloo_processes_write_the_log_of_one(tmp_path: Path) -> None:
+    in_two_processes(tmp_path / "two")
+    run(tmp_path / "one", watching(), model=still())
+    two, one = (numbers(read_log(tmp_path / name / "drift.jsonl")) for name in ("two", "one"))
+    assert two.keys() == one.keys()
+    known = [k for k in one if one[k] == one[k] and "angle" not in k[2]]
+    assert max(abs(two[k] - one[k]) / max(1.0, abs(one[k])) for k in known) < 2e-3  # gradients are summed in another order
+    assert sorted(p.name for p in (tmp_path / "two").iterdir() if p.name.startswith("drift")) == [
+        "drift-baseline",
+        "drift.jsonl",
+    ]
