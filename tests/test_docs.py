@@ -135,6 +135,7 @@ def test_every_block_of_a_page_runs_and_prints_what_the_page_says(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(WIDTH))
+    monkeypatch.setenv("SAFETY_LENS_CACHE", str(tmp_path / "cache"))
 
     def judge(block: Block, printed: str) -> None:
         if block.output is not None:
@@ -318,7 +319,8 @@ def refresh(pages: list[str]) -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "COLUMNS": str(WIDTH)}
     for page in pages:
         printed: dict[int, str] = {}
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
+            os.environ["SAFETY_LENS_CACHE"] = cache
             run_page(page, Path(folder), lambda block, text, into=printed: into.update({block.line: text}))
         text = (DOCS / page).read_text(encoding="utf-8")
 

@@ -1,7 +1,8 @@
 """Steering a small Llama that was trained on stories, judged on openings that no choice was made on.
 
-What is chosen, and on what, was written down before any steered text was scored: the lexicon, the candidates, the rule,
-and the split of the openings by a hash. The openings of the selection half choose; those of the test half report once.
+A hash splits the openings. The selection half chooses among declared candidates by a declared rule (`choose`); the test
+half only reports what was chosen. It was scored once before, for an earlier choice (all hooks together) whose random
+directions were too weak a match (see `turned`); no score of it decided anything.
 """
 
 import hashlib
@@ -37,13 +38,19 @@ from safety_lens.probes.evaluate import fit_direction
 from safety_lens.probes.reading import read_concepts
 from safety_lens.types import FwdHook
 
-HAPPY = """happy happily happier happiness glad gladly smile smiles smiled smiling laugh laughs laughed laughing laughter
-    giggle giggled fun love loves loved joy joyful excited proud proudly hug hugs hugged hugging yummy delicious cheer
-    cheered enjoy enjoyed wonderful amazing""".split()
-SAD = """sad sadly sadness unhappy cry cries cried crying tear tears angry angrily mad scared scary afraid frightened
-    upset hurt pain lost sorry alone lonely worried worry sick broke broken bad mean frown frowned""".split()
-"""How stories for small children say that someone feels well or badly: the plain words and their forms, written down
-from what such stories are about and not from what steering makes of them."""
+HAPPY = (
+    "happy", "happily", "happier", "happiness", "glad", "gladly", "smile", "smiles", "smiled", "smiling", "laugh",
+    "laughs", "laughed", "laughing", "laughter", "giggle", "giggled", "fun", "love", "loves", "loved", "joy",
+    "joyful", "excited", "proud", "proudly", "hug", "hugs", "hugged", "hugging", "yummy", "delicious", "cheer",
+    "cheered", "enjoy", "enjoyed", "wonderful", "amazing",
+)  # fmt: skip
+SAD = (
+    "sad", "sadly", "sadness", "unhappy", "cry", "cries", "cried", "crying", "tear", "tears", "angry", "angrily",
+    "mad", "scared", "scary", "afraid", "frightened", "upset", "hurt", "pain", "lost", "sorry", "alone", "lonely",
+    "worried", "worry", "sick", "broke", "broken", "bad", "mean", "frown", "frowned",
+)  # fmt: skip
+"""The plain words in which stories for small children say that someone feels well or badly, with their forms: listed
+before any steered text was read, and not changed since."""
 
 WORDS = 14
 HELD_TEMPLATES = 3
@@ -67,8 +74,9 @@ class Mood:
     def __init__(self) -> None:
         self.happy, self.sad = (LexiconScorer(words, rate=True) for words in (HAPPY, SAD))
 
-    def __call__(self, completions: Sequence[Completion]) -> np.ndarray:
-        return 100 * (self.happy(completions) - self.sad(completions))
+    def __call__(self, completions: Sequence[Completion]) -> Float[np.ndarray, " n"]:
+        mood: Float[np.ndarray, " n"] = 100 * (self.happy(completions) - self.sad(completions))
+        return mood
 
 
 def digest(text: str) -> bytes:
@@ -121,6 +129,15 @@ def candidates(model: HookedTransformer, concept: Concept) -> Iterator[tuple[Can
                     yield Candidate(positions, method, hook, scope), parts
 
 
+@dataclass(frozen=True)
+class Added:
+    """A candidate with its directions and the coefficient that it is given."""
+
+    candidate: Candidate
+    parts: Sequence[Direction]
+    coeff: float
+
+
 class Openings:
     """The openings of one half, steered and scored."""
 
@@ -139,30 +156,32 @@ class Openings:
                 return coeff
         return 0.0
 
-    def slopes(self, arms: Sequence["Added"], seed: int = 0) -> Float[np.ndarray, "arm prompt"]:
-        """Mood per unit of coefficient, from as much of the direction added as taken away; NaN where an answer has no word."""
+    def slopes(self, arms: Sequence[Added]) -> Float[np.ndarray, "arm prompt"]:
+        """Mood per unit of coefficient, from as much added as taken away; NaN where an answer has no word."""
         edits = [self.edit(a.parts, sign * a.coeff, a.candidate.scope) for a in arms for sign in (1, -1)]
         asked = list(range(len(self.asked)))
         said = generate(
             self.model,
             self.asked * len(edits),
             hooks=by_row(self.model, [edit for edit in edits for _ in asked]),
-            streams=[(seed, n) for _ in edits for n in asked],
+            streams=[(0, n) for _ in edits for n in asked],
             raw=True,
             **SAID,
         )
         mood = Mood()([Completion(str(g.prompt), g.text, g.tokens) for g in said]).reshape(len(arms), 2, len(asked))
         up, down = mood[:, 0], mood[:, 1]
-        return (up - down) / (2 * np.array([[a.coeff] for a in arms]))
+        slope: Float[np.ndarray, "arm prompt"] = (up - down) / (2 * np.array([[a.coeff] for a in arms]))
+        return slope
 
 
-@dataclass(frozen=True)
-class Added:
-    """A candidate with its directions and the coefficient that it is given."""
-
-    candidate: Candidate
-    parts: Sequence[Direction]
-    coeff: float
+def by_place(
+    found: Iterable[tuple[Candidate, list[Direction]]],
+) -> list[list[tuple[Candidate, list[Direction]]]]:
+    """Candidates that act at one place together: they share the forwards of a call."""
+    places: dict[tuple[str, str], list[tuple[Candidate, list[Direction]]]] = {}
+    for candidate, parts in found:
+        places.setdefault((candidate.hook, candidate.scope), []).append((candidate, parts))
+    return list(places.values())
 
 
 def turned(parts: Sequence[Direction], number: int) -> list[Direction]:
@@ -199,16 +218,6 @@ def choose(selection: Openings, concept: Concept) -> list[tuple[float, Added]]:
     return sorted(out, key=lambda r: -r[0])
 
 
-def by_place(
-    found: Iterable[tuple[Candidate, list[Direction]]],
-) -> list[list[tuple[Candidate, list[Direction]]]]:
-    """Candidates that act at one place together: they share the forwards of a call."""
-    places: dict[tuple[str, str], list[tuple[Candidate, list[Direction]]]] = {}
-    for candidate, parts in found:
-        places.setdefault((candidate.hook, candidate.scope), []).append((candidate, parts))
-    return list(places.values())
-
-
 CHOSEN = Candidate("last", "logistic", "blocks.4.hook_resid_post", "all")
 COEFF = 0.4
 SEEDS = (0, 1, 2, 3)
@@ -227,7 +236,7 @@ def test_the_selection_openings_choose_what_is_reported(shared: Path) -> None:
 
 
 @pytest.mark.slow
-def test_happy_steering_moves_unseen_stories_both_ways_further_than_any_random_direction(shared: Path) -> None:
+def test_happy_steering_moves_unseen_stories_both_ways_and_no_random_direction_is_as_steep(shared: Path) -> None:
     model, concept = load_model(shared / "models/stories260K-hf"), stories(shared)
     asked = openings(shared, "test")
     result = sweep(
@@ -260,9 +269,11 @@ def test_happy_steering_moves_unseen_stories_both_ways_further_than_any_random_d
         assert random.n == CONTROLS
         assert random.low < 0 < random.high
         assert one("mood/random_mean", coeff).low < 0 < one("mood/random_mean", coeff).high
-        assert not random.low <= effect.value <= random.high
         assert one("mood/effect_fluent", coeff).value == pytest.approx(effect.value, rel=0.2)
         assert 0 < one("benign_kl", coeff).value <= MAX_KL
+    assert one("mood/effect", COEFF).value > one("mood/random", COEFF).high
+    # down alone, it goes no further than many random directions: what none of them has is the slope over both signs
+    assert one("mood/random", -COEFF).low < one("mood/effect", -COEFF).value
     slope, random = one("mood/slope"), one("mood/slope_random")
     assert random.low < 0 < random.high < slope.low
     assert one("mood/p_slope").value == pytest.approx(1 / (1 + CONTROLS))  # none is as steep

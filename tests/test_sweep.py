@@ -18,11 +18,10 @@ import zoo
 from transformer_lens import HookedTransformer
 
 from safety_lens.artifacts import load_artifact
-from safety_lens.data import load_concept
 from safety_lens.errors import ArtifactError, DataError, HookNameError, ModelError, ModelMismatchError
 from safety_lens.generation import generate
 from safety_lens.interventions.scopes import Scope
-from safety_lens.interventions.scorers import Completion, LexiconScorer
+from safety_lens.interventions.scorers import Completion
 from safety_lens.interventions.steering import steer
 from safety_lens.interventions.strength import residual_norm
 from safety_lens.interventions.sweeping import run as sweep_run
@@ -36,7 +35,6 @@ from safety_lens.interventions.sweeping.table import summarise
 from safety_lens.log import Measurement
 from safety_lens.models import hooks_at, load_model
 from safety_lens.paired import holm, paired_effect, sign_flip
-from safety_lens.positions import mean_over
 from safety_lens.probes.directions import Direction
 from safety_lens.probes.extract import DirectionSet, directions_from
 from safety_lens.probes.reading import ConceptActivations, read_concepts
@@ -597,70 +595,6 @@ def test_a_wrong_request_is_one_error_before_anything_runs(
     with pytest.raises(error, match=says):
         run(**wrong)
     assert not made
-
-
-# --- a real model ---------------------------------------------------------------------------------------------------
-
-HAPPY = ("happy", "glad", "smile", "smiled", "smiling", "laugh", "laughed", "fun", "love", "loved", "joy", "excited",
-         "proud", "hug", "hugged", "yummy", "cheered")  # fmt: skip
-SAD = ("sad", "cry", "cried", "crying", "tears", "angry", "scared", "afraid", "upset", "hurt", "lost", "sorry", "alone",
-       "lonely", "worried", "sick", "broke", "broken")  # fmt: skip
-
-
-class Mood:
-    """Share of happy words minus share of sad words, in percent; the lexicon is declared above."""
-
-    name = "mood"
-
-    def __init__(self) -> None:
-        self.happy, self.sad = (LexiconScorer(words, rate=True) for words in (HAPPY, SAD))
-
-    def __call__(self, completions: Sequence[Completion]) -> np.ndarray:
-        return 100 * (self.happy(completions) - self.sad(completions))
-
-
-def openings(shared: Path, n: int) -> list[str]:
-    """The first sentence and a half of unseen stories."""
-    rows = [json.loads(line) for line in (shared / "data/stories_text.jsonl").read_text(encoding="utf-8").splitlines()]
-    return list(dict.fromkeys(" ".join(row["text"].split()[:14]) for row in rows))[:n]
-
-
-@pytest.mark.slow
-def test_happy_steering_moves_unseen_stories_both_ways_and_random_directions_do_not(shared: Path) -> None:
-    model = load_model(shared / "models/stories260K-hf")
-    concept = load_concept(shared / "data/stories_happy_sad_pairs.jsonl", raw=True)
-    held = sorted({str(pair.template) for pair in concept.pairs})[:4]  # templates the direction never sees
-    fitted = tuple(pair for pair in concept.train if pair.template not in held)
-    concept = replace(concept, train=fitted, test=tuple(pair for pair in concept.pairs if pair.template in held))
-    hook = hooks_at(model)[3]
-    acts = read_concepts(model, [concept], [hook], positions=mean_over("all"))[0]
-    found = directions_from(model, acts, select=hook, null_repeats=20)
-    asked = openings(shared, 90)
-    result = sweep(
-        model,
-        found.best,
-        asked,
-        scorers=[Mood()],
-        coeffs=(-0.3, 0.3),
-        units="rms",
-        seeds=(0, 1, 2),
-        decoding=Decoding(40, temperature=0.8, raw=True),
-        controls=Controls(20, seeds=None),
-        trained_on=[side for pair in concept.train for side in (pair.positive, pair.negative)],
-        benign=asked[:12],
-    )
-    for sign in (0.3, -0.3):
-        effect = one(result, "mood/effect", coeff=sign, split="test")
-        assert min(sign * effect.low, sign * effect.high) > 0  # the interval excludes 0, on the right side
-        assert one(result, "mood/p_all", coeff=sign).value < 0.05
-        band = one(result, "mood/random", coeff=sign)
-        assert band.n == 20
-        assert band.low <= 0 <= band.high
-        assert 0 < one(result, "benign_kl", coeff=sign).value < 0.5
-    assert one(result, "mood/slope").low > 0
-    random = one(result, "mood/slope_random")
-    assert random.low <= 0 <= random.high  # random pushes change the stories too, but not with their sign
-    assert one(result, "mood/p_slope").value <= 0.05
 
 
 def test_plans_are_equal_however_often_they_are_written(run: Run) -> None:

@@ -1,6 +1,7 @@
 """What verbs print with: tables on stdout, progress and remarks on stderr."""
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ def quiet_libraries() -> None:
     """Keep loaders' progress bars and advice out of the output; their errors still come through."""
     from transformers.utils import logging as transformers_logging
 
+    # peft reads an old name of a transformers setting in every model it wraps; a user cannot mend that
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)
