@@ -15,8 +15,8 @@ class Sampling:
     """temperature: 0 is greedy, else softmax(logits / temperature) is sampled.
 
     top_k: only the k most probable tokens (0: all). top_p: only the smallest set of most probable tokens that holds
-    this probability (Holtzman et al. 2020, arXiv:1904.09751). repetition_penalty: logits of tokens that the prompt or the
-    answer already holds are divided by it where positive, multiplied where negative (Keskar et al. 2019,
+    this probability (Holtzman et al. 2020, arXiv:1904.09751). repetition_penalty: logits of tokens that the prompt or
+    the answer already holds are divided by it where positive, multiplied where negative (Keskar et al. 2019,
     arXiv:1909.05858). The order is that of Hugging Face's generate: penalty, temperature, top-k, top-p.
 
     Raises:

@@ -25,7 +25,7 @@ from safety_lens.interventions.scorers import Completion
 from safety_lens.interventions.steering import steer
 from safety_lens.interventions.strength import residual_norm
 from safety_lens.interventions.sweeping import run as sweep_run
-from safety_lens.interventions.sweeping.controls import random_direction, shuffled_directions
+from safety_lens.interventions.sweeping.controls import random_direction, random_set, shuffled_directions
 from safety_lens.interventions.sweeping.engine import adding, load_sweep, sweep
 from safety_lens.interventions.sweeping.inputs import with_shuffled
 from safety_lens.interventions.sweeping.plan import COEFFS, Arm, Controls, Decoding, Plan, SweepPrompt
@@ -209,6 +209,29 @@ def test_the_prompt_only_baseline_asks_in_the_system_prompt_and_edits_nothing(
 
 
 # --- controls -------------------------------------------------------------------------------------------------------
+
+
+def test_random_sets_keep_lengths_and_angles_and_leave_the_space_of_the_real_ones() -> None:
+    """Drawn one by one, parts that agree would get controls that cancel."""
+    stream = torch.Generator().manual_seed(0)
+    shared = torch.randn(64, generator=stream)
+    real = [
+        Direction(
+            "joy", f"blocks.{k}.hook_resid_post", shared * (k + 1) + 0.3 * torch.randn(64, generator=stream), "dim"
+        )
+        for k in range(4)
+    ]
+    vectors = torch.stack([d.vector for d in real]).double()
+    for number in range(3):
+        drawn = torch.stack([d.vector for d in random_set(real, number)]).double()
+        torch.testing.assert_close(drawn @ drawn.T, vectors @ vectors.T, rtol=1e-5, atol=1e-4)
+        assert (drawn @ vectors.T).abs().max() < 1e-3
+    again = random_set(real, 2)
+    assert torch.equal(torch.stack([d.vector for d in again]).double(), drawn)
+    assert [d.hook for d in again] == [d.hook for d in real]
+    assert torch.equal(random_set(real[:1], 1)[0].vector, random_direction(real[0], 1).vector)
+    alone = torch.stack([random_direction(d, 0).vector for d in real])
+    assert alone.sum(0).norm() < 0.8 * vectors.sum(0).norm()  # what the set's control must not do
 
 
 def test_random_directions_are_as_long_orthogonal_and_repeatable(directions: list[Direction]) -> None:

@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from safety_lens.interventions.causality.selector import causal_selector as causal_selector
     from safety_lens.interventions.causality.limits import Limits as Limits
+    from safety_lens.interventions.causality.selector import causal_selector as causal_selector
     from safety_lens.interventions.compare import Method as Method
     from safety_lens.interventions.compare import equal_cost as equal_cost
     from safety_lens.interventions.comparison import EqualCost as EqualCost
@@ -41,9 +41,10 @@ if TYPE_CHECKING:
     from safety_lens.interventions.strength import solve_strength as solve_strength
     from safety_lens.interventions.suppression import suppress as suppress
     from safety_lens.interventions.suppression import suppress_prompt as suppress_prompt
-    from safety_lens.interventions.sweeping.engine import sweep as sweep
     from safety_lens.interventions.sweeping.controls import random_direction as random_direction
+    from safety_lens.interventions.sweeping.controls import random_set as random_set
     from safety_lens.interventions.sweeping.controls import shuffled_directions as shuffled_directions
+    from safety_lens.interventions.sweeping.engine import sweep as sweep
     from safety_lens.interventions.sweeping.plan import Controls as Controls
     from safety_lens.interventions.sweeping.plan import Decoding as Decoding
     from safety_lens.interventions.sweeping.plan import SweepPrompt as SweepPrompt
@@ -64,7 +65,7 @@ _HOMES = {
     "strength": ("residual_norm", "solve_strength"),
     "suppression": ("suppress", "suppress_prompt"),
     "sweeping.engine": ("sweep",),
-    "sweeping.controls": ("random_direction", "shuffled_directions"),
+    "sweeping.controls": ("random_direction", "random_set", "shuffled_directions"),
     "sweeping.plan": ("Controls", "Decoding", "SweepPrompt"),
     "weights": ("orthogonalize",),
 }

@@ -1,6 +1,7 @@
 """Directions that should do nothing: random ones, and refits on shuffled labels."""
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,6 +24,37 @@ def random_direction(direction: Direction, number: int, seed: int = 0) -> Direct
     """
     vector = _orthogonal(direction.vector, _stream(f"{seed}/{number}/{direction.hook}")) * direction.norm
     return Direction(direction.concept, direction.hook, vector.to(direction.vector), f"random {number}")
+
+
+def random_set(parts: Sequence[Direction], number: int, seed: int = 0) -> tuple[Direction, ...]:
+    """Random directions to stand beside several that are added together: one alone is `random_direction`.
+
+    All parts go through one random isometry of the space they span into its orthogonal complement (into the whole space
+    where that is too small): they keep their lengths and their angles to each other. Drawn one by one they would partly
+    cancel along the residual stream, and be no match for a set whose parts agree.
+
+    Raises:
+        DataError: a direction without length, of width 1, or parts of different widths.
+    """
+    if len(parts) == 1:
+        return (random_direction(parts[0], number, seed),)
+    if len({len(part.vector) for part in parts}) > 1:
+        raise DataError("directions of different widths have no common random control: sweep them one at a time")
+    for part in parts:
+        unit_of(part.vector)
+    vectors = torch.stack([part.vector.cpu().double() for part in parts])
+    _, sizes, rows = torch.linalg.svd(vectors, full_matrices=False)
+    basis = rows[sizes > sizes[0] * 1e-10]
+    stream = _stream(f"{seed}/{number}/{'+'.join(part.hook for part in parts)}")
+    drawn = torch.randn(basis.shape[1], len(basis), generator=stream, dtype=torch.float64)
+    if 2 * len(basis) <= basis.shape[1]:
+        drawn = drawn - basis.T @ (basis @ drawn)
+    frame = torch.linalg.qr(drawn).Q
+    moved = vectors @ basis.T @ frame.T
+    return tuple(
+        Direction(part.concept, part.hook, vector.to(part.vector), f"random {number}")
+        for part, vector in zip(parts, moved, strict=True)
+    )
 
 
 def _orthogonal(vector: Float[Tensor, " d"], stream: torch.Generator) -> Float[Tensor, " d"]:

@@ -22,7 +22,7 @@ from safety_lens.interventions.scopes import Scope
 from safety_lens.interventions.scorers import Completion, Scorer
 from safety_lens.interventions.side_effects import benign_kl, benign_rows
 from safety_lens.interventions.steering import check_widths
-from safety_lens.interventions.sweeping.controls import random_direction
+from safety_lens.interventions.sweeping.controls import random_set
 from safety_lens.interventions.sweeping.plan import Arm, Cell, Plan
 from safety_lens.interventions.sweeping.store import KIND, TABLE, Opened, Record
 from safety_lens.interventions.sweeping.table import summarise, table_csv
@@ -79,7 +79,7 @@ class Running:
         site = self.plan.sites[arm.site]
         parts = site.parts
         if arm.kind == "random":
-            parts = tuple(random_direction(part, arm.number, self.plan.controls.draw) for part in parts)
+            parts = random_set(parts, arm.number, self.plan.controls.draw)
         elif arm.kind == "shuffled":
             parts = site.shuffled[arm.number]
         units: Sequence[float | None] = site.units or [None] * len(parts)
