@@ -37,10 +37,10 @@ from transformer_lens import HookedTransformer
 from safety_lens.activations import capture
 from safety_lens.data import ContrastPair
 from safety_lens.errors import DataError
-from safety_lens.interventions.edits import Edit
+from safety_lens.interventions.edits import Edit, wide
 from safety_lens.interventions.scopes import EVERYWHERE, Scope
 from safety_lens.interventions.suppression.data import artifacts, category_of, naturals
-from safety_lens.interventions.suppression.modes import Acts, PerToken, check_scale, wide
+from safety_lens.interventions.suppression.modes import Acts, PerToken, check_scale
 from safety_lens.interventions.suppression.reading import ANSWER_TOKENS, with_answers
 from safety_lens.positions import mean_over
 

@@ -11,8 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from safety_lens.frames import Frame
-from safety_lens.interventions.edits import Edit
-from safety_lens.interventions.suppression.modes import wide
+from safety_lens.interventions.edits import Edit, wide
 from safety_lens.stats import UNKNOWN, Interval
 from safety_lens.types import NamedHook
 

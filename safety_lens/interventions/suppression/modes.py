@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from safety_lens.errors import DataError
-from safety_lens.interventions.edits import Edit
+from safety_lens.interventions.edits import Edit, wide
 from safety_lens.interventions.scopes import EVERYWHERE, Scope
 from safety_lens.interventions.suppression.data import UNNAMED
 from safety_lens.interventions.suppression.reading import HookFit
@@ -71,11 +71,6 @@ class Settings:
         for name, fine, wanted in checks:
             if not fine:
                 raise DataError(f"{name} must be {wanted}, got {getattr(self, name)}")
-
-
-def wide(x: Tensor) -> Tensor:
-    """Half-precision activations are worked on in float32."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 @dataclass(frozen=True, eq=False)
