@@ -60,7 +60,7 @@ def continuation_kl(
 ) -> list[list[Float[np.ndarray, " new"]]]:
     """KL(unedited ‖ edited) in nats at every position of each continuation, for several interventions.
 
-    The unedited model runs once for all interventions, and no logits outlive their batch. Entry [e][i] belongs to
+    The unedited model runs once for all interventions, and no logits outlive their batch. Entry `[e][i]` belongs to
     intervention e and row i. Exactly 0 for an intervention that changes nothing.
 
     Raises:

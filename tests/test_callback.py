@@ -13,11 +13,14 @@ import torch
 import zoo
 from torch import Tensor
 from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.integrations import integration_utils
 from watched import PAIRS, PROBES, adapted, left_behind, same, tiny_concepts, trainer
 
-from safety_lens.errors import ArtifactError
+from safety_lens.errors import ArtifactError, DataError, ModelError
 from safety_lens.log import Measurement
-from safety_lens.monitors import MonitorCallback, StopRule, read_log
+from safety_lens.monitors import MonitorCallback, StopRule, csv_view, read_log
+from safety_lens.monitors.actions import Alarm
+from safety_lens.monitors.drift_log import DriftLog
 from safety_lens.monitors.monitor import Monitor
 
 
@@ -163,7 +166,7 @@ def steps(folder: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        ({"max_steps": 7}, [0, 3, 6, 7]),
+        pytest.param({"max_steps": 7}, [0, 3, 6, 7], marks=pytest.mark.slow),
         ({"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 16}, [0, 3, 6, 8]),
         ({"max_steps": 5, "gradient_accumulation_steps": 2}, [0, 3, 5]),
     ],
@@ -184,7 +187,11 @@ def test_early_stopping_leaves_a_measurement_of_its_last_step_not_of_the_best_ch
     stopped = made.state.global_step
     assert stopped < 20
     assert steps(tmp_path)[-1] == stopped
-    last = {r.hook: r.value for r in read_log(tmp_path / "drift.jsonl") if r.step == stopped and r.metric == "direction_norm"}
+    last = {
+        r.hook: r.value
+        for r in read_log(tmp_path / "drift.jsonl")
+        if r.step == stopped and r.metric == "direction_norm"
+    }
     monitor = Monitor(made.model, tiny_concepts(), tokenizer=made.processing_class, probes=None, pairs=PAIRS)
     monitor.baseline(tmp_path / "drift-baseline", resumed=True)
     best = {r.hook: r.value for r in monitor.measure(stopped) if r.metric == "direction_norm"}
@@ -293,8 +300,168 @@ def test_two_gloo_processes_write_the_log_of_one(tmp_path: Path) -> None:
     two, one = (numbers(read_log(tmp_path / name / "drift.jsonl")) for name in ("two", "one"))
     assert two.keys() == one.keys()
     known = [k for k in one if one[k] == one[k] and "angle" not in k[2]]
-    assert max(abs(two[k] - one[k]) / max(1.0, abs(one[k])) for k in known) < 2e-3  # gradients are summed in another order
+    assert (
+        max(abs(two[k] - one[k]) / max(1.0, abs(one[k])) for k in known) < 2e-3
+    )  # gradients are summed in another order
     assert sorted(p.name for p in (tmp_path / "two").iterdir() if p.name.startswith("drift")) == [
         "drift-baseline",
         "drift.jsonl",
     ]
+
+
+# --- alarms, reporters, audits, bad inputs --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_alarm_on_rank_0_stops_both_processes(tmp_path: Path) -> None:
+    in_two_processes(tmp_path, stop=True)
+    assert steps(tmp_path)[-1] < 8
+
+
+class Falls(MonitorCallback):
+    """A real monitor whose rows get one that alarms at step 4: a tiny random model has no refusals to lose."""
+
+    def _begin(self, *parts: Any) -> Any:
+        verdict = super()._begin(*parts)
+        assert self._monitor is not None
+        measure = self._monitor.measure
+
+        def falling(step: int) -> list[Measurement]:
+            low = -2.0 if step >= 4 else 0.0
+            return [
+                *measure(step),
+                Measurement("behaviour/harmful", "refusal_log_odds_change", low, low, low, step=step),
+            ]
+
+        self._monitor.measure = falling  # type: ignore[method-assign]
+        return verdict
+
+
+def test_an_alarm_acts_once_saves_a_checkpoint_and_stops_the_run(tmp_path: Path) -> None:
+    alarms: list[Alarm] = []
+    callback = Falls(tiny_concepts(), every=2, probes=None, pairs=PAIRS, on_alarm=(alarms.append, "checkpoint"))
+    run(tmp_path, callback)
+    assert [alarm.step for alarm in alarms] == [4]
+    assert (tmp_path / "checkpoint-4").is_dir()
+    stopping = Falls(tiny_concepts(), every=2, probes=None, pairs=PAIRS, on_alarm="stop")
+    run(tmp_path / "stopped", stopping)
+    assert steps(tmp_path / "stopped") == [0, 2, 4]
+    level = [row for row in read_log(tmp_path / "stopped" / "drift.jsonl") if row.metric == "level"][-1]
+    assert level.value == 2
+    assert "fell by 2.00 nats" in str(level.note)
+
+
+def test_figures_reach_what_report_to_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[int, dict[str, float]] = {}
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **parts: Any) -> None:
+            seen.setdefault(state.global_step, {}).update(logs)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Reporter)
+    run(tmp_path, watching(), report_to=["tensorboard"], max_steps=4)
+    assert sorted(seen)[:3] == [0, 2, 4]
+    for name in ("joy/dim/cosine_to_baseline", "joy/dim/cross_joy_calm_cosine", "behaviour/harmful/token_kl"):
+        assert f"drift/{name}" in seen[2], name
+    assert seen[2]["drift/run/level"] in (0.0, 1.0)
+
+
+def test_the_table_has_one_row_per_step_and_concept_at_one_hook(tmp_path: Path) -> None:
+    run(tmp_path, watching(), max_steps=4)
+    lines = [line.split(",") for line in csv_view(tmp_path / "drift.jsonl").splitlines()]
+    head, rows = lines[0], lines[1:]
+    assert [(row[0], row[1]) for row in rows] == [(s, c) for s in "024" for c in ("calm", "joy")]
+    assert len({row[3] for row in rows}) == 1
+    wanted = {"cosine_to_baseline", "auroc_fixed", "auroc_current", "direction_norm", "cross_joy_calm_cosine"}
+    assert wanted <= set(head)
+    assert all(len(row) == len(head) for row in rows)
+    with pytest.raises(ArtifactError, match="no rows at"):
+        csv_view(tmp_path / "drift.jsonl", hook="blocks.9.hook_resid_post")
+
+
+def test_the_audit_at_the_end_is_asked_for_and_draws_nothing(tmp_path: Path) -> None:
+    alone = run(tmp_path / "alone", max_steps=4)
+    assert same(alone, run(tmp_path / "audited", watching(probes=None, audit=True), max_steps=4)) == []
+    rows = [row for row in read_log(tmp_path / "audited" / "drift.jsonl") if row.metric == "alignment_write"]
+    assert {row.step for row in rows} == {4}
+    assert {row.subject for row in rows} == {"joy/dim", "calm/dim"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every": 0}, "give 1 or more"),
+        ({"on_error": "ignore"}, "choose raise or warn"),
+        ({"on_alarm": ("shout",)}, "'shout' is not known"),
+        ({"method": "dims"}, "'dims' is not known"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_once(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        watching(**arguments)
+
+
+def test_a_log_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    made = trainer(adapted(), tmp_path / "run", [watching(log=tmp_path / "file" / "drift.jsonl")])
+    with pytest.raises(ArtifactError, match="cannot write the drift log"):
+        made.train()
+    assert made.state.global_step == 0
+
+
+def test_a_damaged_line_inside_a_log_is_named(tmp_path: Path) -> None:
+    row = Measurement("joy/dim", "auroc_fixed", 1.0, step=0).to_json()
+    (tmp_path / "drift.jsonl").write_text(f"{row}\n{{oops\n{row}\n")
+    with pytest.raises(ArtifactError, match="line 2"):
+        DriftLog(tmp_path / "drift.jsonl").open(3)
+    with pytest.raises(ArtifactError, match="line 2"):
+        read_log(tmp_path / "drift.jsonl")
+
+
+@pytest.mark.parametrize("cut", range(1, 40, 6))
+def test_a_log_cut_at_any_byte_reads_and_continues(cut: int, tmp_path: Path) -> None:
+    path, rows = tmp_path / "drift.jsonl", [Measurement("joy/dim", "auroc_fixed", 0.5, step=s) for s in (0, 2, 4)]
+    log = DriftLog(path)
+    log.open(0)
+    log.append(rows)
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert read_log(path) == rows[:2]
+    again = DriftLog(path)
+    assert again.open(2).torn
+    again.append(rows[2:])
+    assert read_log(path) == rows
+
+
+def test_a_trainer_without_a_tokenizer_is_told_what_to_pass(tmp_path: Path) -> None:
+    made = trainer(adapted(), tmp_path, [watching()])
+    made.processing_class = made.callback_handler.processing_class = None
+    with pytest.raises(ModelError, match="pass tokenizer="):
+        made.train()
+
+
+def test_diverged_weights_raise_the_alarm_and_end_a_run_that_stops_on_alarms(tmp_path: Path) -> None:
+    class Diverges(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **parts: Any) -> None:
+            if state.global_step == 2:
+                with torch.no_grad():
+                    next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+
+    run(tmp_path, Diverges(), watching(on_alarm="stop"))
+    last = [row for row in read_log(tmp_path / "drift.jsonl") if row.metric == "finite"]
+    assert (last[0].step, last[0].value) in ((3, 0.0), (4, 0.0))
+    assert steps(tmp_path)[-1] <= 4
+
+
+def test_trl_trains_under_the_monitor(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="trl is not installed: its SFTTrainer cannot be tried")
+    from datasets import Dataset
+
+    data = Dataset.from_list([{"text": " ".join(f"w{i + j}" for j in range(8))} for i in range(4, 20)])
+    args = trl.SFTConfig(str(tmp_path), max_steps=4, report_to=[], use_cpu=True, save_strategy="no", bf16=False)
+    from synthetic import chat_tokenizer
+
+    made = trl.SFTTrainer(
+        adapted(), args=args, train_dataset=data, processing_class=chat_tokenizer(), callbacks=[watching()]
+    )
+    made.train()
+    assert steps(tmp_path) == [0, 2, 4]

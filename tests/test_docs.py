@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 NOTEBOOK = DOCS / "notebooks" / "interactive.ipynb"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
-SLOW = {"guides/interactive.md"}  # the notebook runs the same calls
+SLOW = {"guides/interactive.md", "guides/steering.md", "guides/suppression.md"}  # notebook, demo and tests run the same
 WIDTH = 100  # of tables in the pages
 BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]+?) -->\n+)?"
@@ -167,7 +167,8 @@ def test_a_block_that_is_not_run_says_why(page: str) -> None:
 
 def test_the_essential_pages_run_blocks_and_each_guide_says_what_it_does_not_show() -> None:
     running = {param.values[0] for param in with_blocks()}
-    assert {"quickstart.md", "guides/extraction.md", "guides/pairs.md", "guides/interactive.md"} <= running
+    guides = {f"guides/{name}.md" for name in ("extraction", "pairs", "interactive", "steering", "suppression")}
+    assert {"quickstart.md"} | guides <= running
     for page in ("index.md", "quickstart.md", *(p for p in PAGES if p.startswith("guides/"))):
         assert re.search(r"^#+ What this does not show$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE), page
 
@@ -197,7 +198,13 @@ def resolves(dotted: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("room", ["safety_lens", "safety_lens.probes", "safety_lens.data"])
+ROOMS = [
+    *("safety_lens", "safety_lens.probes", "safety_lens.data", "safety_lens.interventions", "safety_lens.monitors"),
+    *("safety_lens.interventions.scorers", "safety_lens.interventions.suppression"),
+]
+
+
+@pytest.mark.parametrize("room", ROOMS)
 def test_every_public_name_is_in_the_reference(room: str) -> None:
     reference = "\n".join((DOCS / page).read_text(encoding="utf-8") for page in PAGES if page.startswith("reference/"))
     listed = set(re.findall(r"::: safety_lens\S*\.(\w+)", reference))

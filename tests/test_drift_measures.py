@@ -163,7 +163,9 @@ def test_retained_signal_is_norm_ratio_times_cosine_and_growth_is_the_rest() -> 
     assert float(found.norm[0]) == pytest.approx(3.0)
 
 
-@pytest.mark.parametrize(("gap", "cosine", "expected"), [(2, 1.0, 0.92135), (2, 0.5, 0.76025), (8, 0.35, 0.97614), (10, 0.35, 0.99334)])
+@pytest.mark.parametrize(
+    ("gap", "cosine", "expected"), [(2, 1.0, 0.92135), (2, 0.5, 0.76025), (8, 0.35, 0.97614), (10, 0.35, 0.99334)]
+)
 def test_auroc_hides_what_d_prime_and_the_operating_point_show(gap: float, cosine: float, expected: float) -> None:
     axis = np.array([cosine, np.sqrt(1 - cosine**2)])
     pos, neg = rng(1).standard_normal((2, 200_000, 2))

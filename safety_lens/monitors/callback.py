@@ -51,6 +51,8 @@ class MonitorCallback(TrainerCallback):
             model and its random streams as they were. Mistakes in these arguments are raised in any case.
         stop_rule: when to raise an alarm. on_alarm: what it does, once, when it begins: "log", "checkpoint", "stop",
             "reduce_lr", or functions of an `Alarm`.
+        audit: also audit the adapters' weights at the last step (M12, M15; see `audit_adapter`). It holds every adapted
+            matrix in float64 meanwhile, 8 bytes a weight; `safety-lens monitor` does it from the disk.
         hooks, method, probes, pairs, seed, batch_size: see `Monitor`. tokenizer: default the Trainer's.
 
     Raises:
@@ -67,6 +69,7 @@ class MonitorCallback(TrainerCallback):
         on_error: str = "raise",
         stop_rule: StopRule | None = None,
         on_alarm: Sequence[str | Action] | str | Action = ("log",),
+        audit: bool = False,
         hooks: Sequence[str] | None = None,
         method: str = "dim",
         probes: Probes | None = Probes(),  # noqa: B008 - frozen
@@ -87,7 +90,7 @@ class MonitorCallback(TrainerCallback):
             stop_rule if stop_rule is not None else StopRule(),
         )
         self.actions = actions_named(on_alarm)
-        self.tokenizer = tokenizer
+        self.tokenizer, self._audits = tokenizer, audit
         self._log_name, self._baseline_name = Path(log), baseline
         self._settings: dict[str, Any] = {
             "hooks": hooks, "method": method, "probes": probes, "pairs": pairs, "seed": seed, "batch_size": batch_size,
@@ -110,26 +113,28 @@ class MonitorCallback(TrainerCallback):
         """Measure where a measurement is due, and behind the last step."""
         last = state.global_step >= state.max_steps or control.should_training_stop
         if last or state.global_step % self.rule.interval(self.every) == 0:
-            self._measure(args, state, control, parts)
+            self._measure(args, state, control, parts, last)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Measure the last step of a run that an evaluation stopped, before the best checkpoint is put in its place."""
         if control.should_training_stop:
-            self._measure(args, state, control, parts)
+            self._measure(args, state, control, parts, last=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Measure the end unless that is done; release the hooked model."""
-        self._measure(args, state, control, parts)
+        self._measure(args, state, control, parts, last=True)
         self._reporters.close(args, state, control)
         self._monitor = None
 
     # --- work -------------------------------------------------------------------------------------------------------
 
-    def _measure(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, parts: Any) -> None:
+    def _measure(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, parts: Any, last: bool
+    ) -> None:
         if self._measured == state.global_step:
             return
         self._measured = state.global_step
-        self._do(lambda: self._measurement(args, state, control, parts), state, control, parts)
+        self._do(lambda: self._measurement(args, state, control, parts, last), state, control, parts)
 
     def _do(
         self, work: Callable[[], Verdict], state: TrainerState, control: TrainerControl, parts: dict[str, Any]
@@ -211,12 +216,19 @@ class MonitorCallback(TrainerCallback):
                 LOG.warning("%s at %s: %s; its rows are marked", place.subject, headline, place.faults[headline])
 
     def _measurement(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, parts: dict[str, Any]
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        parts: dict[str, Any],
+        last: bool = False,
     ) -> Verdict:
         if self._monitor is None or self.log is None:
             raise DataError("the monitor could not be set up at the start of training, so nothing is measured")
         rows = self._monitor.measure(state.global_step)
         verdict = self.rule.update(rows)
+        if last and self._audits and not any(row.metric == "finite" for row in rows):
+            rows += self._monitor.audit(state.global_step)
         note = "; ".join(verdict.reasons) or None
         rows.append(Measurement("run", "level", float(verdict.level), step=state.global_step, note=note))
         self.log.append(rows)

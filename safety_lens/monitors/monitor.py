@@ -6,12 +6,13 @@ milliseconds), sweeps over the concepts' prompts once, and runs the behaviour pr
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import nn
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +26,7 @@ from safety_lens.log import Measurement
 from safety_lens.models import hooks_at, load_model
 from safety_lens.monitors import geometry
 from safety_lens.monitors.asking import Probes
+from safety_lens.monitors.audit import audit_adapter
 from safety_lens.monitors.baseline import Baseline, base_weights, prompts_hash
 from safety_lens.monitors.behaviour import Before, Behaviour
 from safety_lens.monitors.geometry import Now, Place
@@ -58,7 +60,7 @@ class Monitor:
         trained: nn.Module,
         concepts: Sequence[Concept | str],
         *,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         hooks: Sequence[str] | None = None,
         method: str = "dim",
         probes: Probes | None = Probes(),  # noqa: B008 - frozen
@@ -190,6 +192,27 @@ class Monitor:
             rows = self._rows(reads, self._baseline.places, self._baseline.before, step)
         rows.append(Measurement("run", "seconds", time.perf_counter() - started, step=step, seed=self.seed))
         return rows
+
+    def audit(self, step: int) -> list[Measurement]:
+        """What the adapters do to the old directions, from weights alone (M12, M15; see `audit_adapter`).
+
+        Empty without adapters: a fully trained model no longer has the weights it started from.
+
+        Raises:
+            DataError: no baseline was taken.
+        """
+        if self._baseline is None:
+            raise DataError("there are no directions to audit: call baseline() first")
+        if not isinstance(self.trained, PeftModel) or ".hook_resid_" not in self.headline:
+            return []
+        at = self.hooks.index(self.headline)
+        old = [
+            Direction(place.concept, self.headline, torch.from_numpy(place.vectors[at]).float(), place.method)
+            for place in self._baseline.places
+            if place.vectors[at].any()
+        ]
+        with undisturbed():
+            return [replace(row, step=step) for row in audit_adapter(self.trained, self.trained, old, seed=self.seed)]
 
     def _fault(self) -> str | None:
         for name, p in self.trained.named_parameters():

@@ -1,0 +1,119 @@
+"""The stop rule: behaviour alone alarms, geometry alone is a notice; and what an alarm does to a run."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerControl
+
+from safety_lens.errors import DataError
+from safety_lens.log import Measurement
+from safety_lens.monitors import StopRule
+from safety_lens.monitors.actions import Alarm, actions_named
+from safety_lens.monitors.alarm import Level, Verdict
+
+HOOK = "blocks.3.hook_resid_post"
+
+
+def odds(change: float, high: float, step: int = 5) -> Measurement:
+    return Measurement("behaviour/harmful", "refusal_log_odds_change", change, change - 0.5, high, step=step)
+
+
+def rate(change: float, high: float, step: int = 5) -> Measurement:
+    return Measurement("behaviour/harmful", "refusal_rate_change", change, change - 0.1, high, step=step)
+
+
+def turned(value: float, high: float, step: int = 5) -> Measurement:
+    return Measurement("refusal/dim", "cosine_cv", value, value - 0.05, high, hook=HOOK, step=step)
+
+
+@pytest.mark.parametrize(
+    ("row", "level"),
+    [
+        (odds(-1.2, -0.9), Level.ALARM),
+        (odds(-0.9, -0.8), Level.OK),  # clear of 0, and too little
+        (odds(-3.0, 0.1), Level.OK),  # much, and not clear of 0
+        (odds(3.0, 4.0), Level.OK),  # more refusals on harmful prompts are no alarm
+        (odds(float("nan"), float("nan")), Level.OK),
+        (rate(-0.06, -0.01), Level.ALARM),
+        (rate(-0.04, -0.01), Level.OK),
+        (turned(0.5, 0.6), Level.NOTICE),
+        (turned(0.93, 0.96), Level.OK),  # its interval reaches 1 − δ
+        (turned(float("nan"), float("nan")), Level.OK),  # not measurable is no notice
+        (Measurement("behaviour/harmless", "refusal_log_odds_change", -5.0, -6.0, -4.0, step=5), Level.OK),
+        (Measurement("run", "finite", 0.0, step=5, note="diverged"), Level.ALARM),
+    ],
+)
+def test_each_row_has_its_level(row: Measurement, level: Level) -> None:
+    assert StopRule().update([row]).level is level
+
+
+def test_geometry_never_alarms_however_far_it_turns() -> None:
+    assert StopRule().update([turned(-0.9, -0.8)] * 50).level is Level.NOTICE
+
+
+def test_the_reason_names_step_amount_and_interval() -> None:
+    verdict = StopRule().update([odds(-1.25, -1.0)])
+    assert verdict.reasons == ("step 5: refusal log odds on harmful prompts fell by 1.25 nats [1.00, 1.75]",)
+
+
+def test_a_notice_shortens_the_interval_until_it_is_over() -> None:
+    rule = StopRule(faster=5)
+    assert rule.interval(50) == 50
+    rule.update([turned(0.5, 0.6)])
+    assert (rule.interval(50), rule.interval(3)) == (10, 1)
+    rule.update([turned(1.0, 1.0)])
+    assert rule.interval(50) == 50
+
+
+def test_replaying_a_log_restores_the_rule() -> None:
+    rows = [odds(0.0, 0.1, 0), odds(-2.0, -1.0, 10), turned(0.5, 0.6, 20), odds(0.0, 0.1, 20)]
+    lived, replayed = StopRule(), StopRule()
+    for step in (0, 10, 20):
+        lived.update([row for row in rows if row.step == step])
+    replayed.replay(rows)
+    assert replayed.verdict == lived.verdict
+    assert replayed.alarmed_at == lived.alarmed_at == 10
+
+
+@pytest.mark.parametrize("name", ["log_odds", "rate", "delta"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_limits_that_are_not_positive_are_refused(name: str, value: float) -> None:
+    with pytest.raises(DataError, match=name):
+        StopRule(**{name: value})  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="faster"):
+        StopRule(faster=0)
+
+
+def an_alarm() -> Alarm:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    return Alarm(7, Verdict(Level.ALARM, ("it fell",)), TrainerControl(), optimizer, schedule)
+
+
+def test_the_actions_do_what_they_are_called(caplog: pytest.LogCaptureFixture) -> None:
+    alarm = an_alarm()
+    for action in actions_named(("log", "checkpoint", "stop")):
+        action(alarm)
+    assert "alarm at step 7: it fell" in caplog.text
+    assert alarm.control.should_save
+    assert alarm.control.should_training_stop
+
+
+def test_a_reduced_rate_stays_reduced_under_its_schedule() -> None:
+    alarm, plain = an_alarm(), an_alarm()
+    actions_named("reduce_lr")[0](alarm)
+    for one in (alarm, plain):
+        one.optimizer.step()
+        one.lr_scheduler.step()
+    assert alarm.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * plain.optimizer.param_groups[0]["lr"])
+
+
+def test_functions_are_actions_and_unknown_names_are_refused() -> None:
+    seen: list[Any] = []
+    alarm = an_alarm()
+    actions_named(seen.append)[0](alarm)
+    assert seen == [alarm]
+    with pytest.raises(DataError, match=r"'shout' is not known; choose log, checkpoint, stop, reduce_lr"):
+        actions_named(("shout",))
