@@ -30,7 +30,9 @@ def suppression(model: "HookedTransformer", out: Path, seed: int) -> None:
     from safety_lens.interventions.suppression import before_after, compare_modes, suppress
     from safety_lens.interventions.suppression.compared import mode_cells
 
-    terminal.out.print(f"\n[bold]5. Suppressing an artifact:[/bold] hedging on {CATEGORY} questions, five modes.")
+    terminal.out.print(
+        f"\n[bold]5. Suppressing an artifact:[/bold] hedging on {CATEGORY} questions, five modes at 0.1 nat."
+    )
     results = compare_modes(model, categories=[CATEGORY], seed=seed, cache=False)
     rows = [mode_cells(result) for result in results]
     table = Table(box=box.SIMPLE_HEAD)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from safety_lens.interventions.sweeping.plan import Decoding
     from safety_lens.interventions.sweeping.run import Edit
     from safety_lens.probes.directions import Direction
+    from safety_lens.probes.extract import DirectionSet
     from safety_lens.types import FwdHook
 
 KEPT_OF_HARMFUL = 12
@@ -101,10 +102,24 @@ def steer(
         run_sweep(hooked, source, hooks, asked, decoding, kept, given)
         return
     at = hooks if all_layers or wanted or hook else [source.found.best.hook]
+    _say_what(source.found, at, ablate)
     plan = _Steering([source.found[h] for h in at], _edit(ablate), scope, _unit(hooked, at, units, asked))
     if target_kl is not None:
         coeff = _solved(hooked, plan, coeff, target_kl, kept, raw)
     _show(hooked, asked, plan.hooks(coeff), decoding, seed, stream, as_json, harmful)
+
+
+def _say_what(found: "DirectionSet", at: Sequence[str], ablated: bool) -> None:
+    """Which direction acts, and whether anybody has looked at what it does."""
+    what = "removed at every site that writes into the residual stream" if ablated else "added there"
+    terminal.err.print(f"{found.concept}/{found.method} of {', '.join(at)}, {what}", markup=False, soft_wrap=True)
+    measured = {row.metric: row.value for row in found.choice.measurements} if found.choice else {}
+    if found.choice is not None and at == [found.choice.hook] and measured.get("causal_passed", 0.0) == 0.0:
+        terminal.err.print(
+            "this hook separates best; what its direction does there was not shown. The hook that the model uses may be"
+            " another: extract --select causal, or name one with --hook",
+            soft_wrap=True,
+        )
 
 
 def _check(

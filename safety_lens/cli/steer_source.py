@@ -41,19 +41,22 @@ def read_source(
         DataError: an artifact with several sets, none of them named. ModelMismatchError: of another model.
     """
     from safety_lens.data import load_concept
+    from safety_lens.interventions.gguf import read_directions
     from safety_lens.models import hooks_at
     from safety_lens.positions import parse_positions
     from safety_lens.probes.extract import directions_from
     from safety_lens.probes.reading import read_concepts
-    from safety_lens.probes.store import load_directions
 
     name = next(iter([*(concepts or []), *(pairs or [])]), None)
     if artifact is not None:
-        sets = load_directions(artifact, model)
+        sets = read_directions(artifact, model)
         fitting = [s for s in sets if name in (None, s.concept) and (len(sets) == 1 or s.method == method)]
         if len(fitting) != 1:
             known = ", ".join(f"{s.concept}/{s.method}" for s in sets)
-            raise DataError(f"{artifact} holds {known}: choose one with --concept and --method")
+            wanted = "several sets" if name is None else f"not {name}/{method}"
+            raise DataError(f"{artifact} holds {known}, {wanted}: choose one with --concept and --method")
+        if artifact.suffix == ".gguf":
+            return Source(fitting[0], None, None, None)
         behind = _behind(artifact, fitting[0].concept, seed)
         return Source(fitting[0], None, *((None, None) if behind is None else _texts(behind)))
     concept = load_concept(str(name), seed=seed, raw=True if raw else None)

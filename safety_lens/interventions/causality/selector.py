@@ -219,7 +219,13 @@ class _Search:
         return ", ".join(f"{n} {kind}" for kind, n in kinds.items())
 
     def _none(self) -> str:
-        return f"NO hook of {len(self.candidates.directions)} passes the causal test ({self._left_out()})"
+        known = [float(use.kl.mean()) for hook, use in self.found.items() if self.out[hook].startswith("KL")]
+        hint = (
+            f"; the least KL of those too large is {min(known):.2g}: a higher limit (--max-kl) lets it in"
+            if known
+            else ""
+        )
+        return f"NO hook of {len(self.candidates.directions)} passes the causal test ({self._left_out()}{hint})"
 
     def _why(self, chosen: str, passed: int, separable: str) -> str:
         use, split = self.found[chosen], self.candidates.split

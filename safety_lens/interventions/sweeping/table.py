@@ -106,7 +106,11 @@ def _baseline_rows(grid: Grid, metric: str) -> list[Measurement]:
 
 def _level_rows(grid: Grid, metric: str, arm: Arm, found: Float[np.ndarray, "prompt seed"]) -> list[Measurement]:
     own = per_prompt(np.zeros_like(found), found)
-    rows = [_row(grid, metric, "mean", arm, mean_interval(own.difference), own.n)]
+    level = mean_interval(own.difference)
+    known = own.difference[np.isfinite(own.difference)]
+    if len(known) and known.min() >= 0 and known.max() <= 1:  # a share stays one
+        level = level._replace(low=max(0.0, level.low), high=min(1.0, level.high))
+    rows = [_row(grid, metric, "mean", arm, level, own.n)]
     if len(grid.plan.seeds) > 1:
         n = int(np.isfinite(found.max(1)).sum())
         rows.append(_row(grid, metric, "expected_maximum", arm, expected_maximum(found), n))
