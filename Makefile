@@ -40,6 +40,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/extract.py --peers
 	$(BIN)/python benchmarks/steering.py
 	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/fold.py
+	$(BIN)/python benchmarks/monitor.py
 
 clean:
 	rm -rf $(VENV) .bench-venv runs site build *.egg-info
