@@ -80,3 +80,17 @@ def test_gradients_flow_as_through_the_unfused_way() -> None:
         assert embedded.grad is not None
         found.append(embedded.grad)
     torch.testing.assert_close(*found, rtol=0, atol=1e-10)
+
+
+def test_inference_mode_gives_the_same_logits_also_after_its_mask_was_changed_in_place() -> None:
+    model = load_model(zoo.make("llama"), check=False)
+    tokens, mask = rows()
+    with torch.no_grad():
+        plain = model(tokens, attention_mask=mask)
+        fewer = torch.cat([torch.zeros_like(mask[:, :1]), mask[:, 1:]], 1)
+        without_first = model(tokens, attention_mask=fewer)
+    with torch.inference_mode():
+        own = mask.clone()
+        torch.testing.assert_close(model(tokens, attention_mask=own)[mask.bool()], plain[mask.bool()])
+        own[:, 0] = 0
+        torch.testing.assert_close(model(tokens, attention_mask=own)[fewer.bool()], without_first[fewer.bool()])

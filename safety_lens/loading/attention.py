@@ -78,8 +78,10 @@ class PerForward:
 
         allowed: [batch or 1, 1, new, all]. turn: cos and sin, [batch or 1, new, 1, rotary_dim].
         """
-        key = (q.shape[1], past, q.device, q.dtype, attn.table, None if mask is None else mask._version)
-        if mask is self.mask and key == self.key:
+        untracked = mask is not None and mask.is_inference()  # nobody counts changes to it: made anew every time
+        version = None if mask is None or untracked else mask._version
+        key = (q.shape[1], past, q.device, q.dtype, attn.table, version)
+        if mask is self.mask and key == self.key and not untracked:
             return
         self.mask, self.key = mask, key
         columns = torch.arange(past + q.shape[1], device=q.device)
