@@ -15,7 +15,7 @@ from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValue
 from transformer_lens.components import Attention, GroupedQueryAttention
 
 from safety_lens.errors import ModelError
-from safety_lens.loading.watching import unwatched
+from safety_lens.loading.watching import hooked
 
 _FIRST_LENGTH = 2048
 ROTATED = "rotated_keys"
@@ -205,7 +205,7 @@ class _Faithful:
             and x.ndim == 3
             and x.device.type != "mps"  # torch's linear with bias is wrong there in some releases
         )
-        return plain and unwatched(*points)
+        return plain and not hooked(*points)
 
     def _turned(self, x: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos head d_head"]:
         """New queries or keys, rotated by their positions."""

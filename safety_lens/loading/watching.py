@@ -10,5 +10,9 @@ def unwatched(*points: nn.Module) -> bool:
     Where that is so, steps between them may be fused or run in place: on a CPU, touching fresh memory for every
     [batch, pos, d_mlp] result costs more than the arithmetic.
     """
-    hooked = any(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks for point in points)
-    return not hooked and not torch.is_grad_enabled()
+    return not hooked(*points) and not torch.is_grad_enabled()
+
+
+def hooked(*points: nn.Module) -> bool:
+    """Whether somebody has a hook on one of these points."""
+    return any(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks for point in points)
