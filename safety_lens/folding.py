@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
@@ -52,6 +53,7 @@ class Shadow:
         self.slots: list[Slot] = []
         base = base_model(trained)
         self._dtype = dtype or main_dtype(base)
+        self.made_from = _settled(trained, adapters, self._dtype, streamed)
         self._prefix = _blocks_prefix(base) if streamed else None
         self._shared: dict[tuple[object, ...], Tensor] = {}
         # aliases of every parameter; buffers (rotary state) are copied, for a forward pass writes to them
@@ -144,6 +146,10 @@ class Shadow:
         return sum(storage.values())
 
 
+SHADOWS: WeakKeyDictionary[HookedTransformer, Shadow] = WeakKeyDictionary()
+"""The shadow behind each hooked model that load_model made of an adapted one, until a folder takes it over."""
+
+
 class LoraFolder:
     """Keeps a hooked model equal to a model in training: `fold()` sets its weights to the effective ones.
 
@@ -196,7 +202,7 @@ class LoraFolder:
         streamed = is_streamed(self.model)
         self._shadow = None
         if has_adapters(self.trained):
-            self._shadow = Shadow(self.trained, dtype=self._dtype, streamed=streamed)
+            self._shadow = self._found(streamed) or Shadow(self.trained, dtype=self._dtype, streamed=streamed)
         self._source = base_model(self.trained) if self._shadow is None else self._shadow.model
         self.model.cfg.device = str(main_device(self._source))
         self.model.cfg.dtype = self._dtype or main_dtype(self._source)
@@ -205,9 +211,28 @@ class LoraFolder:
             stream_blocks(self.model, self._shadow)
         self._built_from = self._fingerprint()
 
+    def _found(self, streamed: bool) -> Shadow | None:
+        """The shadow that load_model made of this very model, brought up to date: a second one would cost its memory
+        again until the first is let go.
+        """
+        made = SHADOWS.pop(self.model, None)
+        if made is None or made.made_from != _settled(
+            self.trained, None, self._dtype or main_dtype(base_model(self.trained)), streamed
+        ):
+            return None
+        made.refresh()
+        return made
+
     def _fingerprint(self) -> tuple[object, ...]:
         """Identity of every storage involved, and which adapters and saved modules are in force."""
         return (*_identity(self.trained), *_identity(self.model))
+
+
+def _settled(
+    trained: nn.Module, adapters: Sequence[str] | None, dtype: torch.dtype, streamed: bool
+) -> tuple[object, ...]:
+    """What a shadow depends on, for telling whether one fits."""
+    return (adapters, dtype, streamed, *_identity(trained))
 
 
 def _identity(model: nn.Module) -> Iterator[object]:

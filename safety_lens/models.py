@@ -16,7 +16,7 @@ from transformer_lens import HookedTransformer
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from safety_lens.errors import HookNameError, ModelError
-from safety_lens.folding import Shadow, base_model, has_adapters, has_quantised, unwrapped
+from safety_lens.folding import SHADOWS, Shadow, base_model, has_adapters, has_quantised, unwrapped
 from safety_lens.loading.architectures import architecture_named
 from safety_lens.loading.hooked import build, check_parity, main_device
 from safety_lens.loading.hub import (
@@ -135,6 +135,8 @@ def _hook(
     model = build(plain, share=share, dtype=dtype, device=device)
     if stream:
         stream_blocks(model, shadow)
+    if shadow is not None:
+        SHADOWS[model] = shadow
     # the live model is not run where it has other adapters active, or where running it repacks its weights
     reference = live if adapters is None and not has_quantised(live) else plain
     if check and (reference is live or len({p.dtype for p in plain.parameters()}) == 1):

@@ -412,6 +412,23 @@ def test_folding_costs_only_the_adapted_matrices() -> None:
     assert owned == expected
 
 
+def test_a_folder_takes_over_the_merged_weights_that_loading_made_and_brings_them_up_to_date() -> None:
+    live = adapted("llama", LoraConfig(r=4, target_modules=["q_proj"]))
+    model = load_model(live, check=False)
+    before = model.blocks[0].attn.W_Q.data_ptr()
+    fill(live, 9)  # trained on between loading and folding
+    folder = LoraFolder(model, live)
+    assert model.blocks[0].attn.W_Q.data_ptr() == before
+    assert gap(model, live) < 1e-4
+    fill(live, 10)
+    assert gap(model, live) > 1e-3  # the control: nothing is folded by itself
+    folder.fold()
+    assert gap(model, live) < 1e-4
+    LoraFolder(model, live)
+    assert model.blocks[0].attn.W_Q.data_ptr() != before  # the first folder owns them
+    assert gap(model, live) < 1e-4
+
+
 def test_gradients_taken_in_the_hooked_model_never_reach_the_live_one() -> None:
     live = adapted("llama", LoraConfig(r=4, target_modules=LINEAR)).train()
     model = load_model(live)

@@ -84,6 +84,6 @@ def _rows(view: Tensor, kind: str, module: Any) -> Int[Tensor, " d_out"]:
         places = (per_head + view.stride(2) * torch.arange(view.shape[2])).flatten()
     else:  # outputs are the last axis: W_O head, d_head, d_model; W_in, W_gate, W_out d_in, d_out
         places = view.stride(-1) * torch.arange(view.shape[-1])
-    flat: Tensor = places + view.storage_offset()
+    flat = places + int(view.storage_offset())
     width = int(module.weight.shape[1])
     return flat % width if isinstance(module, Conv1D) else flat // width
