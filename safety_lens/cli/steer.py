@@ -13,6 +13,7 @@ from safety_lens.cli import steer_options as own
 from safety_lens.cli.extract import parse_layers
 from safety_lens.cli.steer_prompts import Asked, limited, read_prompts
 from safety_lens.cli.steer_source import hooks_of, read_source
+from safety_lens.cli.steer_sweep import check_sweep
 from safety_lens.errors import DataError
 
 if TYPE_CHECKING:
@@ -84,7 +85,9 @@ def steer(
     given = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
     asked = limited(read_prompts(prompt, prompts, subset), limit, seed)
     wanted = parse_layers(layers)
-    _check(directions, concept, pairs, hook, wanted, sweep, scorer, stream, asked)
+    _check(directions, concept, pairs, hook, wanted, stream and (sweep or len(asked) != 1))
+    if sweep:
+        check_sweep(given)
     terminal.quiet_libraries()
     from safety_lens.interventions.sweeping.plan import COEFFS, Decoding
     from safety_lens.models import load_model
@@ -128,10 +131,7 @@ def _check(
     pairs: Sequence[str] | None,
     hook: str | None,
     layers: Sequence[int] | None,
-    sweep: bool,
-    scorer: Sequence[str] | None,
-    stream: bool,
-    asked: Sequence[Asked],
+    many_streams: bool,
 ) -> None:
     """What can be said without a model."""
     if directions is None and not concept and not pairs:
@@ -140,9 +140,7 @@ def _check(
         raise DataError("one direction at a time: give one --concept or one --pairs")
     if hook is not None and layers is not None:
         raise DataError("--hook and --layers both say where: give one of them")
-    if sweep and not scorer:
-        raise DataError("a sweep needs something to measure: give --scorer (lexicon:rude, refusal, hf:MODEL, …)")
-    if stream and (sweep or len(asked) != 1):
+    if many_streams:
         raise DataError("--stream shows one answer as it is written: give a single prompt, without --sweep")
 
 

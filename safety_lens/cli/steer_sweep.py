@@ -82,6 +82,24 @@ def run_sweep(
     _report(result, given["as_json"])
 
 
+def check_sweep(given: dict[str, Any]) -> None:
+    """What is wrong with a sweep's options, as far as it can be said without a model.
+
+    Raises:
+        DataError: no scorer or an unknown one, coefficients that are no numbers, a ceiling without prompts to measure.
+    """
+    if not given["scorer"]:
+        raise DataError("a sweep needs something to measure: give --scorer (lexicon:rude, refusal, hf:MODEL, …)")
+    for flag in ("coeffs", "control_coeffs"):
+        parse_numbers(f"--{flag.replace('_', '-')}", given[flag])
+    if given["max_kl"] is not None and given["benign"] is None:
+        raise DataError("--max-kl is measured on prompts the edit is not meant for: give --benign FILE")
+    from safety_lens.interventions.scorers.named import check_name
+
+    for text in given["scorer"]:
+        check_name(text)
+
+
 class _Progress:
     """Tells how far a sweep is, on a terminal as a bar."""
 

@@ -99,7 +99,7 @@ def read_rows(path: str | Path) -> Table:
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"cannot read pairs from {path}: it {what}; give a JSONL file")
+        raise DataError(f"cannot read rows from {path}: it {what}; give a JSONL file")
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")

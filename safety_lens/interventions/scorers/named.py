@@ -30,10 +30,19 @@ def scorer_named(text: str, model: "HookedTransformer | None" = None) -> Scorer:
     Raises:
         DataError: no such scorer, or one that lacks its argument; what the scorer itself raises.
     """
+    check_name(text)
     kind, _, rest = text.partition(":")
-    if kind not in _MAKERS:
-        raise DataError(f"no scorer {text!r}: choose {FORMS}")
     return _MAKERS[kind](rest, model)
+
+
+def check_name(text: str) -> None:
+    """Refuse what names no scorer, before anything is loaded.
+
+    Raises:
+        DataError: no such scorer.
+    """
+    if text.partition(":")[0] not in _MAKERS:
+        raise DataError(f"no scorer {text!r}: choose {FORMS}")
 
 
 def _lexicon(rest: str, model: "HookedTransformer | None") -> Scorer:

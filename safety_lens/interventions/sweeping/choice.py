@@ -112,7 +112,10 @@ def _choice_of(grid: Grid, subject: str, metric: str, rows: Sequence[Measurement
     gain = {a: (sign * e.value if sign else abs(e.value)) for a, e in effects.items() if _allowed(grid, a)}
     gain = {a: g for a, g in gain.items() if isfinite(g) and g > 1e-12}
     if not gain:
+        broken = sum(grid.too_broken(arm) for arm in arms)
         note = f"no cell within the limits moved {metric} the wanted way ({plan.goal}) on {n} selection prompts"
+        if broken:
+            note += f"; {broken} of {len(arms)} cells break the text: try smaller coefficients, or another scope"
         return [*out, Measurement(subject, "chosen", NAN, split="selection", note=note)]
     top = max(gain.values())
     tied = [a for a, g in gain.items() if g >= top - 1e-12]
