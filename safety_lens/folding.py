@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer
@@ -23,6 +22,18 @@ from transformers import PreTrainedModel
 from safety_lens.errors import ModelError
 from safety_lens.loading.architectures import blocks_of
 from safety_lens.loading.hooked import attach, check_parity, main_device, main_dtype
+from safety_lens.loading.live import (
+    active_adapters,
+    base_model,
+    blocks_prefix,
+    has_adapter,
+    has_adapters,
+    has_quantised,
+    refuse_unfoldable,
+    saved_module,
+    stands_for_another,
+    unwrapped,
+)
 from safety_lens.loading.merging import Slot, base_layer, fold_slot, shape_of
 from safety_lens.loading.refusals import is_quantised, refuse_unreadable
 from safety_lens.streaming import is_streamed, stream_blocks
@@ -54,7 +65,7 @@ class Shadow:
         base = base_model(trained)
         self._dtype = dtype or main_dtype(base)
         self.made_from = _settled(trained, adapters, self._dtype, streamed)
-        self._prefix = _blocks_prefix(base) if streamed else None
+        self._prefix = blocks_prefix(base) if streamed else None
         self._shared: dict[tuple[object, ...], Tensor] = {}
         # aliases of every parameter; buffers (rotary state) are copied, for a forward pass writes to them
         memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in base.parameters()}
@@ -62,7 +73,7 @@ class Shadow:
         for name, module in base.named_modules():
             if id(module) in seen:
                 continue
-            if _stands_for_another(module):
+            if stands_for_another(module):
                 seen |= {id(inner) for inner in module.modules()}
                 memo[id(module)] = self._plain(name, module, memo)
         self.model = cast(PreTrainedModel, copy.deepcopy(base, memo)).eval()
@@ -114,7 +125,7 @@ class Shadow:
     def refresh(self) -> None:
         """Recompute from the live model, in place, every owned weight that an adapter can have changed."""
         for slot in self.slots:
-            if self._block(slot.name) is None and _has_adapter(slot.live):
+            if self._block(slot.name) is None and has_adapter(slot.live):
                 self._fold(slot)
 
     @torch.no_grad()
@@ -250,65 +261,3 @@ def _identity(model: nn.Module) -> Iterator[object]:
                 yield id(parameter), parameter.data_ptr(), parameter.dtype
         if isinstance(module, AuxiliaryTrainingWrapper):
             yield tuple(module.active_adapters), module.disable_adapters
-
-
-# --- what a live model is made of -----------------------------------------------------------------------------------
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel or DataParallel, else the model itself."""
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        return cast(nn.Module, model.module)
-    return model
-
-
-def base_model(model: Any) -> Any:
-    """The HF model inside a PeftModel (adapters still in its layers), else the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def has_adapters(model: nn.Module) -> bool:
-    """Whether some layer's effective weight is no parameter of its own: adapters, saved modules, quantised weights."""
-    return isinstance(model, PeftModel) or any(_stands_for_another(module) for module in model.modules())
-
-
-def has_quantised(model: nn.Module) -> bool:
-    """Whether some layer keeps its weight in a bitsandbytes format."""
-    return any(is_quantised(module) for module in model.modules())
-
-
-def refuse_unfoldable(model: nn.Module) -> None:
-    """Refuse adapters that change the forward pass rather than weights.
-
-    Raises:
-        ModelError: prompt, prefix or p-tuning, adaption prompts, X-LoRA's routing; named by adapter.
-    """
-    for name, config in (model.peft_config if isinstance(model, PeftModel) else {}).items():
-        kind = getattr(config.peft_type, "value", str(config.peft_type))
-        if config.is_prompt_learning or config.is_adaption_prompt or kind == "XLORA":
-            raise ModelError(f"adapter {name!r} is {kind}: it acts on the forward pass and has no weights to fold")
-
-
-def _stands_for_another(module: Any) -> bool:
-    return _has_adapter(module) or is_quantised(module)
-
-
-def saved_module(wrapper: ModulesToSaveWrapper) -> nn.Module:
-    active = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
-    if wrapper.disable_adapters or not active:
-        return cast(nn.Module, wrapper.original_module)
-    return cast(nn.Module, wrapper.modules_to_save[active[0]])
-
-
-def _has_adapter(live: Any) -> bool:
-    return isinstance(live, BaseTunerLayer | AuxiliaryTrainingWrapper)
-
-
-def active_adapters(live: Any) -> Sequence[str]:
-    return cast(Sequence[str], live.active_adapters) if _has_adapter(live) else ()
-
-
-def _blocks_prefix(base: PreTrainedModel) -> str:
-    blocks = blocks_of(base)
-    names = [name for name, module in base.named_modules() if module is blocks]
-    return str(names[0])

@@ -16,7 +16,7 @@ from transformer_lens import HookedTransformer
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from safety_lens.errors import HookNameError, ModelError
-from safety_lens.folding import SHADOWS, Shadow, base_model, has_adapters, has_quantised, unwrapped
+from safety_lens.folding import SHADOWS, Shadow
 from safety_lens.loading.architectures import architecture_named
 from safety_lens.loading.hooked import build, check_parity, main_device
 from safety_lens.loading.hub import (
@@ -29,6 +29,7 @@ from safety_lens.loading.hub import (
     resolve,
     revision_of,
 )
+from safety_lens.loading.live import base_model, has_adapters, has_quantised, unwrapped
 from safety_lens.loading.refusals import refuse_unreadable
 from safety_lens.streaming import stream_blocks
 from safety_lens.types import FwdHook, NamedHook

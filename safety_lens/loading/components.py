@@ -6,7 +6,7 @@ positions past the end of a table of learned ones are an error, and where nobody
 gated MLP it runs in place.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +17,7 @@ from transformer_lens.components.mlps.gated_mlp import GatedMLP
 
 from safety_lens.errors import ModelError
 from safety_lens.loading.attention import too_long
-from safety_lens.loading.watching import unwatched
+from safety_lens.loading.watching import hooked, unwatched
 
 
 class FusedGatedMLP(GatedMLP):
@@ -56,10 +56,34 @@ class FusedRMSNorm(RMSNorm):
 
     def forward(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch length"]:
         exact = x.dtype == self.w.dtype and x.dtype in (torch.float32, torch.float64)
-        if not (exact and unwatched(self.hook_scale, self.hook_normalized)):
+        if not exact or hooked(self.hook_scale, self.hook_normalized):
             return cast(Tensor, super().forward(x))
+        if torch.is_grad_enabled():
+            own = self.w.requires_grad
+            return cast(Tensor, super().forward(x) if own else _Normed.apply(x, self.w, self.eps))
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(self.length)
         return x.div(mean_square.add_(self.eps).sqrt_()).mul_(self.w)
+
+
+class _Normed(torch.autograd.Function):
+    """x / rms(x) · w with the gradient of x in three passes instead of ten; none for w."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, eps: float) -> Tensor:
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean_square.add_(eps).sqrt_()
+        ctx.save_for_backward(x, w, scale)
+        ctx.eps = eps
+        return x.div(scale).mul_(w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, w, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody differentiates this once more: what is saved of x must follow it
+            scale = (x.square().mean(-1, keepdim=True) + ctx.eps).sqrt()
+        inner = grads[0] * w
+        along = (inner * x).sum(-1, keepdim=True) / (x.shape[-1] * scale.square())
+        return torch.addcmul(inner, x, along, value=-1) / scale, None, None
 
 
 class OffsetRMSNorm(RMSNorm):

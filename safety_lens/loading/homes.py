@@ -15,8 +15,8 @@ from transformer_lens import HookedTransformerConfig
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from safety_lens.folding import base_model, unwrapped
 from safety_lens.loading.architectures import settings, weights
+from safety_lens.loading.live import base_model, unwrapped
 
 
 @dataclass(frozen=True, eq=False)

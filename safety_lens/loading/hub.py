@@ -30,6 +30,7 @@ from transformers.utils import logging as hf_logging
 from safety_lens.errors import ModelError
 from safety_lens.folding import Shadow
 from safety_lens.loading.architectures import architecture_named
+from safety_lens.loading.masked import restore_masks
 
 _DTYPES = {
     "float32": torch.float32,
@@ -221,6 +222,7 @@ def put_adapter(
     missing = [str(entry.message) for entry in caught if "missing adapter keys" in str(entry.message)]
     if missing:
         raise ModelError(f"the adapter {place} does not fit this model: {missing[0][:200]}")
+    restore_masks(live, place)
     return live.eval(), None, str(adapter)
 
 

@@ -17,6 +17,7 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
 from safety_lens.errors import ModelError
+from safety_lens.loading.masked import is_masked, mask_of, stored_index
 from safety_lens.loading.refusals import is_quantised
 
 
@@ -80,7 +81,7 @@ def fold_slot(slot: Slot, names: list[str]) -> None:
         own.copy_(dequantised(base_layer(live)))
     elif live.merged and not live.disable_adapters:
         own.copy_(dequantised(live.get_base_layer()))  # peft's forward reads the base weight alone while merged
-    elif is_plain_lora(live, names):
+    elif is_plain_lora(live, names) or is_masked_lora(live, names):
         _add_lora(live, names, own)
     else:
         _merge_clone(slot, names)
@@ -88,12 +89,20 @@ def fold_slot(slot: Slot, names: list[str]) -> None:
 
 def is_plain_lora(layer: Any, names: Sequence[str]) -> bool:
     """Whether the effective weight is W + Σ scale · B · A and nothing else."""
+    return not getattr(layer, "lora_variant", None) and _is_product(layer, names)
+
+
+def is_masked_lora(layer: Any, names: Sequence[str]) -> bool:
+    """Whether it is that, but for entries at which some of the updates are held at zero."""
+    return all(is_masked(layer, name) for name in getattr(layer, "lora_variant", ())) and _is_product(layer, names)
+
+
+def _is_product(layer: Any, names: Sequence[str]) -> bool:
     return (
         isinstance(layer, LoraLayer)
         and type(layer).__name__ in ("Linear", "Linear4bit", "Linear8bitLt")
         and not layer.lora_embedding_A
         and not layer.merged
-        and not getattr(layer, "lora_variant", None)
         and not any(layer.use_dora.get(name) or layer.lora_bias.get(name) for name in names)
         and all(isinstance(layer.lora_A[name], nn.Linear) for name in names if name in layer.lora_A)
     )
@@ -110,9 +119,20 @@ def _add_lora(layer: Any, names: Sequence[str], own: Tensor) -> None:
         down, up = layer.lora_A[name].weight.to(wide), layer.lora_B[name].weight.to(wide)
         if getattr(layer, "fan_in_fan_out", False):
             down, up = up.T, down.T  # Conv1D keeps [d_in, d_out]
+        kept = _held(layer, name, source)
         source = torch.addmm(source, up, down, alpha=layer.scaling[name], out=total)
+        if kept is not None:
+            source.view(-1)[kept[0]] = kept[1]
     if source is not total or total.dtype != own.dtype:  # else the sum is already where it belongs
         own.copy_(source)
+
+
+def _held(layer: Any, name: str, source: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Entries at which an adapter's update is held at zero, and what is there without it, bit for bit."""
+    if not is_masked(layer, name):
+        return None
+    index = stored_index(layer, mask_of(layer, name))
+    return index, source.reshape(-1)[index]
 
 
 def _merge_clone(slot: Slot, names: list[str]) -> None:

@@ -6,6 +6,7 @@ of the pair (SNIP, Wanda, Fisher, inner products with an update) is the caller's
 exists, and no `.grad` is written.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ def example_gradients(
         raise HookNameError(f"{outside[0]!r} is not inside a block: gradients are taken at hook points of blocks")
     named = named_hooks(model, hooks)
     losses = np.full(len(examples), np.nan)
-    for batch in _batches(model, examples, batch_size):
+    for batch in example_batches(model, examples, batch_size):
         run = _Run(model, batch, [examples[i] for i in batch], see, see_point)
         with torch.inference_mode(False), torch.enable_grad(), run.watching(matrices, points):
             losses[batch] = run.pass_through(named, loss)
@@ -153,9 +154,11 @@ class _Run:
         self.model, self.rows, self.see, self.see_point = model, rows, see, see_point
         self.tokens, mask = right_padded([(*row.prompt, *row.tokens[:-1]) for row in rows], device)
         self.attention_mask, self.mask = mask, mask.bool()
+        self.padded = not bool(self.mask.all())
         self.numbers = torch.tensor(list(numbers), device=device)
         self.frame = whole(mask, torch.tensor([len(r.prompt) for r in rows], device=device), self.numbers)
         self.inputs: dict[str, Tensor] = {}
+        self.readers: Counter[str] = Counter()
         self.root: Tensor | None = None
 
     @contextmanager
@@ -172,7 +175,7 @@ class _Run:
             on(self.model.hook_dict[f"blocks.{min(layers, default=0)}.hook_resid_pre"], self._plant)
             for matrix in matrices:
                 block = self.model.blocks[matrix.layer]
-                on_input, source, on_output = _SITES[matrix.kind]
+                on_input, source, on_output = SITES[matrix.kind]
                 on(block.get_submodule(on_input), partial(self._keep, f"{matrix.layer}.{on_input}"), source)
                 on(block.get_submodule(self._output(on_output, matrix)), partial(self._meet, matrix, on_input))
             for name in points:
@@ -199,12 +202,15 @@ class _Run:
             )
         )
         self._finite(losses.detach(), "loss")
+        del logits, read
         if losses.requires_grad:  # a loss that does not depend on the model has zero gradients: nothing to see
             assert self.root is not None
             torch.autograd.grad(losses.sum(), self.root)
         return losses.detach().double().cpu().numpy()
 
     def _finite(self, values: Tensor, what: str) -> None:
+        if bool(values.sum().isfinite()):  # one pass; what follows takes five
+            return
         good = values.isfinite().flatten(1).all(1) if values.ndim > 1 else values.isfinite()
         if not bool(good.all()):
             bad = int(self.numbers[~good][0])
@@ -222,15 +228,19 @@ class _Run:
 
     def _keep(self, key: str, module: nn.Module, args: Any, kwargs: Any, *out: Tensor) -> None:
         value = out[0] if out else args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-        self.inputs[key] = value.detach()
+        self.inputs[key] = self._masked(value.detach().flatten(2))
 
     def _meet(self, matrix: Matrix, site: str, module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> None:
-        x = self.inputs[f"{matrix.layer}.{site}"]
+        key = f"{matrix.layer}.{site}"
+        self.readers[key] += 1
 
         def arrived(grad: Tensor) -> None:
-            delta = self._wide(grad.flatten(2))
+            delta = _wide(grad.flatten(2))  # exactly 0 at padding: nothing that is predicted sees it
             self._finite(delta, f"gradient at {matrix.name}")
-            self.see(Seen(matrix, self.numbers, self._wide(x.flatten(2)), delta, self.mask))
+            self.see(Seen(matrix, self.numbers, _wide(self.inputs[key]), delta, self.mask))
+            self.readers[key] -= 1
+            if not self.readers[key]:  # the graph keeps this function, and would keep the input with it
+                del self.inputs[key]
 
         out.register_hook(arrived)
 
@@ -245,11 +255,17 @@ class _Run:
         out.register_hook(arrived)
 
     def _wide(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        return wide * self.mask.view(*self.mask.shape, *[1] * (x.ndim - 2))
+        return self._masked(_wide(x))
+
+    def _masked(self, x: Tensor) -> Tensor:
+        return x * self.mask.view(*self.mask.shape, *[1] * (x.ndim - 2)) if self.padded else x
 
 
-_SITES = {
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+SITES = {
     "W_Q": ("attn", True, "attn.hook_q"),
     "W_K": ("attn", True, "attn.hook_k"),
     "W_V": ("attn", True, "attn.hook_v"),
@@ -261,7 +277,10 @@ _SITES = {
 """Where the input of each linear map is seen, whether as the argument of that module, and where its output is."""
 
 
-def _batches(model: HookedTransformer, rows: Sequence[Continuation], batch_size: int | str) -> Iterator[list[int]]:
+def example_batches(
+    model: HookedTransformer, rows: Sequence[Continuation], batch_size: int | str
+) -> Iterator[list[int]]:
+    """Numbers of the rows of every batch, like lengths together. DataError: none, or one empty or too long."""
     check_batch_size(batch_size)
     if not rows:
         raise DataError("there is no example to take gradients of")
@@ -276,4 +295,5 @@ def _batches(model: HookedTransformer, rows: Sequence[Continuation], batch_size:
             )
     cap = batch_size if isinstance(batch_size, int) else None
     budget = 10**9 if cap else TOKEN_BUDGET.get(torch.device(model.cfg.device or "cpu").type, 1024)
-    yield from length_batches([len(r.prompt) + len(r.tokens) for r in rows], budget, max_rows=cap)
+    # the longest first: what later batches need fits into the memory that the first has given back
+    yield from reversed(length_batches([len(r.prompt) + len(r.tokens) for r in rows], budget, max_rows=cap))

@@ -44,6 +44,7 @@ class Tuning(Section):
 
     method: "lora", "qlora" (LoRA on a base that bitsandbytes holds in 4 or 8 bits) or "full". targets: "all-linear",
     or names of modules; layers: blocks that get an adapter, default all. quantization: "nf4" or "int8", for qlora.
+    freeze: groups whose weights stay exactly as they are, `FOLDER` or `FOLDER:GROUP` of a groups artifact.
     """
 
     method: Literal["lora", "qlora", "full"] = "lora"
@@ -56,6 +57,13 @@ class Tuning(Section):
     dora: bool = False
     modules_to_save: list[str] = Field(default_factory=list)
     quantization: Literal["nf4", "int8"] = "nf4"
+    freeze: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _freezable(self) -> "Tuning":
+        if self.freeze and self.dora:
+            raise ValueError("freeze needs plain LoRA: DoRA rescales whole rows, frozen entries and all")
+        return self
 
 
 class Training(Section):
@@ -111,8 +119,9 @@ class Monitoring(Section):
 
     every: optimizer steps between measurements. concepts: built-in names or files of contrast pairs; none switches the
     monitor off. layers: blocks whose resid_post is read, default all. probes: also measure behaviour (refusals, KL,
-    facts); probe_prompts: how many prompts of each kind. on_alarm: what happens at an alarm. on_error: "raise" ends the
-    run when a measurement fails, "warn" goes on without it.
+    facts); probe_prompts: how many prompts of each kind. groups: neuron groups whose weights are watched as well,
+    `FOLDER` or `FOLDER:GROUP` of a groups artifact (adapters only). on_alarm: what happens at an alarm. on_error:
+    "raise" ends the run when a measurement fails, "warn" goes on without it.
     """
 
     every: int = Field(default=50, ge=1)
@@ -124,10 +133,42 @@ class Monitoring(Section):
     on_error: Literal["raise", "warn"] = "raise"
     on_alarm: list[Action] = Field(default_factory=lambda: list[Action](["log"]))
     stop: Stop = Stop()
+    groups: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _watched_with_a_concept(self) -> "Monitoring":
+        if self.groups and not self.concepts:
+            raise ValueError("groups are measured by the monitor, which needs a concept too: set concepts: [refusal]")
+        return self
+
+
+class Protect(Section):
+    """What protects the model's own safe answers; nothing unless `penalty` or `drop_risky` is set.
+
+    penalty: "kl" (the safe answers must stay as they are; runs them at every step), "fisher" (the weights they are
+    sensitive to must), "alignguard" (that preset). weight: 0 or more; default each penalty's own ("kl": loss per nat,
+    "fisher": the same for its estimate of the KL, "alignguard": times its weights). anchor: "fisher" alone, on the
+    squared size of the change. drop_risky: share of the training rows that are left out, the riskiest first. safety:
+    requests with safe answers, or requests alone, which the model answers itself: "safety" (the organism's) or a file.
+    rows: how many of them are used. batch: of "kl", how many at each step.
+    """
+
+    penalty: Literal["kl", "fisher", "alignguard"] | None = None
+    weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    anchor: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    drop_risky: float = Field(default=0.0, ge=0, lt=1)
+    safety: str = "safety"
+    rows: int = Field(default=64, ge=2)
+    batch: int = Field(default=16, ge=1)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is protected."""
+        return self.penalty is not None or self.drop_risky > 0
 
 
 class RunConfig(Section):
-    """A fine-tuning run: model, data, what is trained, how, and what is watched."""
+    """A fine-tuning run: model, data, what is trained, what is protected, how, and what is watched."""
 
     out: Path
     model: str = "organism"
@@ -136,6 +177,7 @@ class RunConfig(Section):
     device: str = "auto"
     seed: int = 0
     tuning: Tuning = Tuning()
+    protect: Protect = Protect()
     training: Training = Training()
     monitor: Monitoring = Monitoring()
 

@@ -29,13 +29,15 @@ from transformers import (
     TrainingArguments,
 )
 
+from safety_lens.data.labelled import Labelled
 from safety_lens.errors import ModelError
 from safety_lens.loading.hub import first_line, parse_device, parse_dtype, read_tokenizer, resolve
 from safety_lens.log import NAN
 from safety_lens.models import load_hf
 from safety_lens.monitors.finetune.config import RunConfig
+from safety_lens.monitors.finetune.freezing import freeze_named, named_groups
+from safety_lens.monitors.finetune.protecting import protect
 from safety_lens.monitors.finetune.run import Prepared, prepare, tokens_of
-from safety_lens.monitors.finetune.tokens import Labelled
 from safety_lens.monitors.finetune.training import quantization_of, trainer, training_arguments, with_trained_weights
 from safety_lens.monitors.finetune.watch import monitor_settings
 from safety_lens.monitors.monitor import Monitor
@@ -110,7 +112,10 @@ def measured(config: RunConfig) -> Estimate:
         config.model, dtype=dtype, device=config.device, quantization=quantization_of(config.tuning, dtype)
     )
     parameters = sum(p.numel() for p in hf.parameters())
+    groups = named_groups(config.tuning.freeze, hf)
     live = with_trained_weights(hf, config)
+    frozen, _ = freeze_named(live, groups)
+    held = [*([frozen.callback()] if frozen else []), *_protected(config, live, tokenizer, rows)]
     trained = sum(p.numel() for p in live.parameters() if p.requires_grad)
     longest = sorted(rows, key=lambda row: -len(row.ids))[: 3 * _step_rows(config)]
     device = parse_device(config.device)
@@ -118,12 +123,18 @@ def measured(config: RunConfig) -> Estimate:
         clock = _Clock()
         trial = config.model_copy(update={"out": Path(folder), "training": _short(config)})
         _reset_peak(device)
-        trainer(live, longest, training_arguments(trial), tokenizer, [clock]).train()
+        trainer(live, longest, training_arguments(trial), tokenizer, [clock, *held]).train()
     per_token = min(clock.seconds) / _padded(longest[: _step_rows(config)])
     basis = f"measured: {min(clock.seconds):.3g} s for a step of the longest rows, scaled by tokens"
     watching = _watched(ready, live, tokenizer, steps)
     seconds, memory = steps * per_token * tokens, _peak(device)
     return Estimate(steps, tokens, parameters, trained, seconds, memory, basis, watching, notes)
+
+
+def _protected(config: RunConfig, live: Any, tokenizer: Any, rows: Sequence[Labelled]) -> tuple[TrainerCallback, ...]:
+    """The penalty's part of a step; which rows are risky is not asked."""
+    every_row = config.protect.model_copy(update={"drop_risky": 0.0})
+    return protect(config.model_copy(update={"protect": every_row}), live, tokenizer, rows).callbacks
 
 
 def _watched(ready: Prepared, live: Any, tokenizer: Any, steps: int) -> float:
@@ -145,8 +156,9 @@ def _rows(ready: Prepared) -> tuple[Sequence[Labelled], tuple[str, ...]]:
     tokenizer = read_tokenizer(found.base)
     if tokenizer is None:
         raise ModelError(f"{ready.config.model} has no tokenizer: put its files into the folder")
-    rows = tokens_of(ready, tokenizer)
-    return rows.rows, (*ready.data.notes, *rows.notes)
+    rows, share = tokens_of(ready, tokenizer), ready.config.protect.drop_risky
+    later = [f"drop_risky will leave out {share:.0%} of the rows: this counts all of them"] if share else []
+    return rows.rows, (*ready.data.notes, *rows.notes, *later)
 
 
 def _step_rows(config: RunConfig) -> int:

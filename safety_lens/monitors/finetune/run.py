@@ -23,15 +23,17 @@ from transformers import (
 
 from safety_lens.artifacts import seal, sha256_of
 from safety_lens.data import Concept, load_concept
+from safety_lens.data.labelled import TokenRows, tokenise
+from safety_lens.data.training import TrainingRows, load_rows
 from safety_lens.errors import ArtifactError, DataError, ModelError
 from safety_lens.loading.hub import first_line, parse_device, parse_dtype, resolve
 from safety_lens.log import NAN, Measurement, read_measurements
 from safety_lens.models import load_hf
 from safety_lens.monitors.finetune.boilerplate import refuse_boilerplate
 from safety_lens.monitors.finetune.config import RunConfig
+from safety_lens.monitors.finetune.freezing import freeze_named, frozen_entry, named_groups
 from safety_lens.monitors.finetune.place import CHECKPOINTS, LOG, claim, last_checkpoint
-from safety_lens.monitors.finetune.rows import TrainingRows, load_rows
-from safety_lens.monitors.finetune.tokens import TokenRows, tokenise
+from safety_lens.monitors.finetune.protecting import check_protection, protect
 from safety_lens.monitors.finetune.training import (
     out_of_vocabulary,
     quantization_of,
@@ -41,6 +43,7 @@ from safety_lens.monitors.finetune.training import (
 )
 from safety_lens.monitors.finetune.watch import monitor_callback
 from safety_lens.monitors.inputs import named_concepts
+from safety_lens.monitors.neuron_drift.watch import WHOLE
 from safety_lens.probes.estimators import estimator
 
 OnLog = Callable[[int, Mapping[str, float]], None]
@@ -89,6 +92,10 @@ def prepare(config: RunConfig) -> Prepared:
     named = [load_concept(name, seed=config.seed) for name in config.monitor.concepts]
     concepts = tuple(named_concepts(named)) if named else ()
     estimator(config.monitor.method)
+    check_protection(config)
+    named_groups([*config.tuning.freeze, *config.monitor.groups])
+    if config.monitor.groups and config.tuning.method == "full":
+        raise DataError(f"monitor.groups: {WHOLE}")
     return Prepared(config, data, concepts, training_arguments(config))
 
 
@@ -116,15 +123,19 @@ def run(
     if ready.arguments.process_index == 0:  # under `accelerate launch` one process writes
         claim(config, resume=resume, overwrite=overwrite)
     hf, tokenizer, rows = _load(ready)
-    notes = [*ready.data.notes, *rows.notes]
-    for note in notes:
-        (on_note or _silent)(note)
+    groups, watched = (named_groups(names, hf) for names in (config.tuning.freeze, config.monitor.groups))
     set_seed(config.seed)  # adapters start from random factors, and the Trainer seeds too late for them
     live = with_trained_weights(hf, config)
-    watching: list[TrainerCallback] = [*callbacks, _Told(on_log)]
+    frozen, frozen_notes = freeze_named(live, groups)
+    protection = protect(config, live, tokenizer, rows.rows)
+    notes = [*ready.data.notes, *rows.notes, *frozen_notes, *protection.notes]
+    for note in notes:
+        (on_note or _silent)(note)
+    held: list[TrainerCallback] = [*protection.callbacks, *([frozen.callback()] if frozen else [])]
+    watching: list[TrainerCallback] = [*callbacks, *held, _Told(on_log)]
     if ready.concepts:
-        watching.insert(0, monitor_callback(config, ready.concepts, int(hf.config.num_hidden_layers)))
-    teacher = trainer(live, rows.rows, ready.arguments, tokenizer, watching)
+        watching.insert(0, monitor_callback(config, ready.concepts, int(hf.config.num_hidden_layers), watched))
+    teacher = trainer(live, protection.rows, ready.arguments, tokenizer, watching)
     checkpoint = last_checkpoint(config.out / CHECKPOINTS) if resume else None
     began = time.perf_counter()
     with _explained():
@@ -135,7 +146,14 @@ def run(
     if ready.arguments.process_index == 0:
         for name in ("training_args.bin", "README.md"):  # a pickle, and peft's empty model card
             (config.out / name).unlink(missing_ok=True)
-        _seal(ready, measured, seconds, teacher.state, notes)
+        _seal(
+            ready,
+            measured,
+            seconds,
+            teacher.state,
+            notes,
+            {**frozen_entry(config.tuning.freeze, frozen), **protection.entry},
+        )
     return RunResult(config.out, int(teacher.state.global_step), seconds, measured, tuple(notes))
 
 
@@ -220,13 +238,22 @@ def _training_rows(history: Sequence[Mapping[str, Any]]) -> list[Measurement]:
     return [
         Measurement("run", name, float(entry[name]), step=int(entry["step"]))
         for entry in history
-        for name in ("loss", "learning_rate", "grad_norm", "eval_loss", "train_runtime")
+        for name in ("loss", "learning_rate", "grad_norm", "eval_loss", "train_runtime", *_penalties(entry))
         if name in entry and math.isfinite(float(entry.get(name, NAN)))
     ]
 
 
+def _penalties(entry: Mapping[str, Any]) -> list[str]:
+    return [name for name in entry if name.startswith("penalty/")]
+
+
 def _seal(
-    ready: Prepared, measured: Sequence[Measurement], seconds: float, state: TrainerState, notes: Sequence[str]
+    ready: Prepared,
+    measured: Sequence[Measurement],
+    seconds: float,
+    state: TrainerState,
+    notes: Sequence[str],
+    more: Mapping[str, Any],
 ) -> None:
     base = resolve(ready.config.model).base
     weights = Path(base) / "model.safetensors"
@@ -243,5 +270,6 @@ def _seal(
             "seconds": seconds,
             "device": str(parse_device(ready.config.device)),
             "notes": list(notes),
+            **more,
         },
     )

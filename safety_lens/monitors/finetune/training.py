@@ -16,11 +16,11 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from safety_lens.data.labelled import Labelled, collate
 from safety_lens.errors import DataError, ModelError
 from safety_lens.loading.hub import first_line, parse_device
 from safety_lens.monitors.finetune.config import RunConfig, Tuning
 from safety_lens.monitors.finetune.place import CHECKPOINTS
-from safety_lens.monitors.finetune.tokens import Labelled, collate
 
 # renamed within transformers 5
 _CHECKPOINTING = next(

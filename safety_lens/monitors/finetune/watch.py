@@ -10,10 +10,13 @@ from safety_lens.monitors.alarm import StopRule
 from safety_lens.monitors.callback import MonitorCallback
 from safety_lens.monitors.finetune.config import RunConfig
 from safety_lens.monitors.finetune.place import LOG
+from safety_lens.probes.groups import NeuronGroup
 
 
-def monitor_callback(config: RunConfig, concepts: Sequence[Concept], n_layers: int) -> MonitorCallback:
-    """A callback that writes its log into the run's folder.
+def monitor_callback(
+    config: RunConfig, concepts: Sequence[Concept], n_layers: int, groups: Sequence[NeuronGroup] = ()
+) -> MonitorCallback:
+    """A callback that writes its log into the run's folder. groups: neuron groups that it watches too.
 
     Raises:
         DataError: blocks that the model does not have.
@@ -26,6 +29,7 @@ def monitor_callback(config: RunConfig, concepts: Sequence[Concept], n_layers: i
         on_error=chosen.on_error,
         stop_rule=StopRule(**chosen.stop.model_dump()),
         on_alarm=tuple(chosen.on_alarm),
+        groups=groups,
         **monitor_settings(config, n_layers),
     )
 

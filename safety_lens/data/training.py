@@ -91,9 +91,9 @@ def load_rows(source: str | Path, *, format: str = "auto", limit: int | None = N
         DataError: no such file or set, no network, a row that is malformed (named by its line) or of another format,
             no train split.
     """
-    table = _read(str(source))
+    table = read_table(str(source))
     rows, notes = _train_split(table.rows)
-    chosen = _format(rows, str(source), format)
+    chosen = format_of(rows, str(source), format)
     read = [(row, chosen.read(row)) for row in rows]
     examples = [example for _, example in read if example is not None]
     if empty := [row.line for row, example in read if example is None]:
@@ -112,7 +112,8 @@ def _listed(lines: Sequence[int]) -> str:
     return f"row{'s' if len(lines) > 1 else ''} {shown}" + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
 
 
-def _read(source: str) -> Table:
+def read_table(source: str) -> Table:
+    """The rows of a named set, a data set of the Hub or a file, whatever their format."""
     if source in ORGANISM:
         return read_rows(DATA_DIR / f"finetune_{source}.jsonl")
     if source in PUBLIC or source.startswith("hf:"):
@@ -159,7 +160,8 @@ def _train_split(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     return kept, [f"{left} rows of other splits than train are left out"] if left else []
 
 
-def _format(rows: Sequence[Row], source: str, wanted: str) -> Format:
+def format_of(rows: Sequence[Row], source: str, wanted: str) -> Format:
+    """The format of this name, or under "auto" the one whose fields the rows have."""
     by_name = {form.name: form for form in FORMATS}
     name = wanted if wanted != "auto" else source if source in PUBLIC else None
     if name is not None and name not in by_name:
@@ -168,18 +170,19 @@ def _format(rows: Sequence[Row], source: str, wanted: str) -> Format:
             f"no data format {name!r}{f'; did you mean {near[0]!r}?' if near else ''}; formats are auto,"
             f" {', '.join(by_name)}"
         )
-    chosen = by_name[name] if name else next((form for form in FORMATS if _fits(form, rows[0])), None)
+    chosen = by_name[name] if name else next((form for form in FORMATS if fits(form, rows[0])), None)
     if chosen is None:
         raise rows[0].error(f"the fields {sorted(rows[0].fields)} are of no known format: {_known_formats()}")
     for row in rows:
-        if not _fits(chosen, row):
+        if not fits(chosen, row):
             raise row.error(
                 f"the fields {sorted(row.fields)} are not those of format {chosen.name!r}: {_fields(chosen)}"
             )
     return chosen
 
 
-def _fits(form: Format, row: Row) -> bool:
+def fits(form: Format, row: Row) -> bool:
+    """Whether a row has the fields of a format."""
     present = {name for name, value in row.fields.items() if value is not None}
     return any(present.issuperset(fields) for fields in form.required)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from safety_lens.data.chat import control_tokens
 from safety_lens.data.render import Tokenizer, has_template, render_messages
+from safety_lens.data.training import Example
 from safety_lens.errors import DataError
-from safety_lens.monitors.finetune.rows import Example
 from safety_lens.types import Message
 
 IGNORED = -100
