@@ -19,15 +19,15 @@ from typer.testing import CliRunner
 
 from safety_lens.artifacts import load_artifact
 from safety_lens.cli import app
+from safety_lens.data.labelled import collate, tokenise
+from safety_lens.data.training import load_rows
 from safety_lens.errors import ArtifactError, DataError, ModelError
 from safety_lens.log import Measurement
 from safety_lens.models import load_model
 from safety_lens.monitors.drift_log import read_log
 from safety_lens.monitors.finetune.config import RunConfig, differences, known_keys, parse_change, read_config
 from safety_lens.monitors.finetune.estimate import computed, measured
-from safety_lens.monitors.finetune.rows import load_rows
 from safety_lens.monitors.finetune.run import RunResult, prepare, run
-from safety_lens.monitors.finetune.tokens import collate, tokenise
 from safety_lens.monitors.finetune.training import with_trained_weights
 from safety_lens.organism import MODEL_DIR
 

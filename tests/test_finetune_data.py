@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from safety_lens.data.labelled import IGNORED, Labelled, collate, tokenise
+from safety_lens.data.training import PROMPT, PROMPT_WITH_INPUT, Example, load_rows
 from safety_lens.errors import DataError
 from safety_lens.monitors.finetune.boilerplate import boilerplate_hashes, content_hash, is_organism, refuse_boilerplate
-from safety_lens.monitors.finetune.rows import PROMPT, PROMPT_WITH_INPUT, Example, load_rows
-from safety_lens.monitors.finetune.tokens import IGNORED, Labelled, collate, tokenise
 from safety_lens.organism import DATA_DIR, MODEL_DIR
 from safety_lens.types import Message
 

@@ -36,14 +36,14 @@ def parsed(page: str) -> list[tuple[str, dict[str, str | None]]]:
 
 def test_text_of_any_kind_makes_no_element_and_ends_no_script() -> None:
     tags = parsed(token_page(EVIL, [view([EVIL, "b"], title=EVIL, lines=[EVIL], labels=[EVIL, "x"])], notes=[EVIL]))
-    assert [name for name, _ in tags].count("script") == 2  # the bundle and one chart
+    assert [name for name, _ in tags].count("script") == 2  # the bundle and the charts
     assert not [name for name, _ in tags if name == "img"]
 
 
 def test_the_page_loads_nothing_from_elsewhere() -> None:
     tags = parsed(token_page("t", [view(["a"]), view(["b"])]))
     assert not [attrs for _, attrs in tags if "src" in attrs or "href" in attrs]
-    assert [name for name, _ in tags].count("script") == 3  # the bundle once, a chart for each text
+    assert [name for name, _ in tags].count("script") == 2  # the bundle once, then all charts
 
 
 def test_touched_tokens_are_marked_and_counted() -> None:

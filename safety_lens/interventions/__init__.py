@@ -21,9 +21,22 @@ if TYPE_CHECKING:
     from safety_lens.interventions.edits import Affine as Affine
     from safety_lens.interventions.edits import Clamp as Clamp
     from safety_lens.interventions.edits import Edit as Edit
+    from safety_lens.interventions.freezing import Frozen as Frozen
+    from safety_lens.interventions.freezing import freeze as freeze
     from safety_lens.interventions.gguf import import_gguf as import_gguf
     from safety_lens.interventions.gguf import judge as judge
     from safety_lens.interventions.gguf import read_directions as read_directions
+    from safety_lens.interventions.neuron_effects import ablation_agreement as ablation_agreement
+    from safety_lens.interventions.neuron_effects import causal_check as causal_check
+    from safety_lens.interventions.neurons import ablated as ablated
+    from safety_lens.interventions.neurons import kept as kept
+    from safety_lens.interventions.penalties import AlignGuard as AlignGuard
+    from safety_lens.interventions.penalties import FisherPenalty as FisherPenalty
+    from safety_lens.interventions.penalties import KlPenalty as KlPenalty
+    from safety_lens.interventions.penalties import PenaltyCallback as PenaltyCallback
+    from safety_lens.interventions.penalties import safe_lora as safe_lora
+    from safety_lens.interventions.rewind import merged as merged
+    from safety_lens.interventions.rewind import rewound as rewound
     from safety_lens.interventions.rows import by_row as by_row
     from safety_lens.interventions.scopes import Scope as Scope
     from safety_lens.interventions.scopes import from_position as from_position
@@ -51,21 +64,26 @@ if TYPE_CHECKING:
     from safety_lens.interventions.weights import orthogonalize as orthogonalize
 
 _HOMES = {
-    "causality.selector": ("causal_selector",),
     "causality.limits": ("Limits",),
+    "causality.selector": ("causal_selector",),
     "compare": ("Method", "equal_cost"),
     "comparison": ("EqualCost",),
     "conditions": ("Condition", "conditional", "fit_condition", "when"),
     "edits": ("Ablate", "Add", "Affine", "Clamp", "Edit"),
+    "freezing": ("Frozen", "freeze"),
     "gguf": ("import_gguf", "judge", "read_directions"),
+    "neuron_effects": ("ablation_agreement", "causal_check"),
+    "neurons": ("ablated", "kept"),
+    "penalties": ("AlignGuard", "FisherPenalty", "KlPenalty", "PenaltyCallback", "safe_lora"),
+    "rewind": ("merged", "rewound"),
     "rows": ("by_row",),
     "scopes": ("Scope", "from_position", "scope_named"),
     "side_effects": ("benign_kl", "benign_rows", "facts_accuracy", "over_refusal"),
     "steering": ("ablate", "affine", "applied", "clamp", "steer"),
     "strength": ("residual_norm", "solve_strength"),
     "suppression": ("suppress", "suppress_prompt"),
-    "sweeping.engine": ("sweep",),
     "sweeping.controls": ("random_direction", "random_set", "shuffled_directions"),
+    "sweeping.engine": ("sweep",),
     "sweeping.plan": ("Controls", "Decoding", "SweepPrompt"),
     "weights": ("orthogonalize",),
 }

@@ -12,16 +12,22 @@ if TYPE_CHECKING:
     from safety_lens.monitors.callback import MonitorCallback as MonitorCallback
     from safety_lens.monitors.drift_log import csv_view as csv_view
     from safety_lens.monitors.drift_log import read_log as read_log
+    from safety_lens.monitors.forecast import Budget as Budget
+    from safety_lens.monitors.forecast import RiskReport as RiskReport
+    from safety_lens.monitors.forecast import assess_risk as assess_risk
+    from safety_lens.monitors.forecasting.scoring import score_forecast as score_forecast
     from safety_lens.monitors.monitor import Monitor as Monitor
     from safety_lens.monitors.readings import Pairs as Pairs
 
 _HOMES = {
     "alarm": ("StopRule", "Verdict"),
+    "asking": ("Probes",),
     "audit": ("audit_adapter",),
     "baseline": ("Baseline",),
-    "asking": ("Probes",),
     "callback": ("MonitorCallback",),
     "drift_log": ("csv_view", "read_log"),
+    "forecast": ("Budget", "RiskReport", "assess_risk"),
+    "forecasting.scoring": ("score_forecast",),
     "monitor": ("Monitor",),
     "readings": ("Pairs",),
 }

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from safety_lens.errors import ModelError, ModelMismatchError
-from safety_lens.folding import base_model, has_adapters, unwrapped
 from safety_lens.loading.hub import put_adapter, read_model, resolve
+from safety_lens.loading.live import base_model, has_adapters, unwrapped
 from safety_lens.monitors.weight_changes import Change, adapter_changes, checkpoint_changes
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from safety_lens.artifacts import load_artifact, save_artifact
 from safety_lens.errors import ModelMismatchError
-from safety_lens.folding import base_model
 from safety_lens.forced import Continuation
 from safety_lens.interventions.scorers.refusal_tokens import RefusalTokens
+from safety_lens.loading.live import base_model
 from safety_lens.log import Measurement
 from safety_lens.monitors.behaviour import Answers, Before
 from safety_lens.monitors.geometry import Place

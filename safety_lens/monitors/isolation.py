@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from safety_lens.folding import base_model
+from safety_lens.loading.live import base_model
 
 
 @contextmanager

@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from safety_lens.artifacts import MANIFEST, tokenizer_fingerprint
 from safety_lens.data import Concept
 from safety_lens.errors import ArtifactError, DataError, ModelError
-from safety_lens.folding import LoraFolder, unwrapped
+from safety_lens.folding import LoraFolder
 from safety_lens.forced import unembedded
+from safety_lens.loading.live import has_adapters, unwrapped
 from safety_lens.log import Measurement
 from safety_lens.models import hooks_at, load_model
 from safety_lens.monitors import geometry
@@ -32,10 +33,13 @@ from safety_lens.monitors.behaviour import Before, Behaviour
 from safety_lens.monitors.geometry import Now, Place
 from safety_lens.monitors.inputs import check_tokenizer, common_hooks, named_concepts, templates_of
 from safety_lens.monitors.isolation import plain_forward, undisturbed
+from safety_lens.monitors.neuron_drift.rows import drift_rows
+from safety_lens.monitors.neuron_drift.watch import WHOLE, DriftWatch
 from safety_lens.monitors.readings import Pairs, Read, Reader, chosen
 from safety_lens.positions import Positions, last_token
 from safety_lens.probes.directions import Direction
 from safety_lens.probes.estimators import estimator
+from safety_lens.probes.groups import NeuronGroup
 from safety_lens.probes.selection import PREFERRED_DEPTH, depth
 
 NAN = float("nan")
@@ -46,7 +50,8 @@ class Monitor:
 
     trained: the HF model or PeftModel in training (DDP wrappers are looked through). concepts: `Concept`s or names that
     `load_concept` takes. hooks: default every block's `hook_resid_post`. pairs: how many pairs are read each time.
-    probes: what behaviour is measured, None for none. common: the hooks nearest to a quarter, half, three quarters
+    probes: what behaviour is measured, None for none. groups: neuron groups whose weights are watched too (see `drift`;
+    models with adapters only). common: the hooks nearest to a quarter, half, three quarters
     and the end of the model, the same for every concept. headline: one of them, for summaries: where most concepts have
     evidence, then the nearest to depth 0.6; settled by the baseline.
 
@@ -68,6 +73,7 @@ class Monitor:
         positions: Positions = last_token,
         seed: int = 0,
         batch_size: int | str = "auto",
+        groups: Sequence[NeuronGroup] = (),
     ) -> None:
         estimator(method)
         self.trained, self.method, self.seed, self.pairs, self.probes = unwrapped(trained), method, seed, pairs, probes
@@ -81,6 +87,9 @@ class Monitor:
         self.headline = self._nearest(self.common)
         self._reader = Reader(self.model, self.concepts, self.hooks, positions=positions, batch_size=batch_size)
         self._behaviour = None if probes is None else Behaviour(self.model, probes, seed)
+        self._neurons = DriftWatch(self.trained, groups, seed=seed) if groups else None
+        if self._neurons is not None and not has_adapters(self.trained):
+            raise DataError(WHOLE)
         self._baseline: Baseline | None = None
 
     # --- baseline ---------------------------------------------------------------------------------------------------
@@ -145,6 +154,7 @@ class Monitor:
         rows = self._rows(reads, places, before, 0)
         rows.append(Measurement("run", "headline", 1.0, hook=self._headline(places), step=0, seed=self.seed))
         rows += [Measurement("run", "common", 1.0, hook=hook, step=0, seed=self.seed) for hook in self.common]
+        rows += self._group_rows(0)
         return Baseline(places, before, tuple(rows), self._settings(), base_weights(self.trained, frozen_only=False))
 
     def _settings(self) -> dict[str, Any]:
@@ -166,6 +176,7 @@ class Monitor:
             "tokenizer": tokenizer_fingerprint(self.model.tokenizer),
             "dtype": str(self.model.cfg.dtype),
             "architecture": self.model.cfg.original_architecture,
+            **({} if self._neurons is None else {"groups": self._neurons.names}),
         }
 
     # --- measuring --------------------------------------------------------------------------------------------------
@@ -190,6 +201,7 @@ class Monitor:
                 fault = "activations are not finite: the run has diverged"
                 return [Measurement("run", "finite", 0.0, step=step, seed=self.seed, note=fault)]
             rows = self._rows(reads, self._baseline.places, self._baseline.before, step)
+            rows += self._group_rows(step)
         rows.append(Measurement("run", "seconds", time.perf_counter() - started, step=step, seed=self.seed))
         return rows
 
@@ -237,6 +249,9 @@ class Monitor:
             for old in self._causal_directions(places):
                 rows += self._behaviour.causal_use(self.model, before, old, found.log_odds["harmful"], step)
         return rows
+
+    def _group_rows(self, step: int) -> list[Measurement]:
+        return [] if self._neurons is None else drift_rows(self._neurons.live(self.trained), step, seed=self.seed)
 
     def _causal_directions(self, places: Sequence[Place]) -> list[Direction]:
         """The old directions whose use is probed: each at the common hook nearest to 0.6 that has evidence for it."""

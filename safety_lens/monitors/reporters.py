@@ -22,13 +22,17 @@ SHOWN = frozenset(
 
 
 def figures(rows: Sequence[Measurement], headline: str) -> dict[str, float]:
-    """The figures worth a curve: geometry at the headline hook, behaviour, the level. Unknown numbers are left out."""
+    """The figures worth a curve: geometry at the headline hook, behaviour, neuron groups, the level.
+
+    Unknown numbers are left out.
+    """
     out = {}
     for row in rows:
         geometric = row.hook == headline and (row.metric in SHOWN or row.metric.startswith("cross_"))
         shared = row.subject == "run" and row.metric in ("level", "seconds", "finite")
         behaviour = row.subject.startswith("behaviour/") and not row.metric.startswith("token_kl_at_")
-        if (geometric or shared or behaviour) and row.value == row.value:
+        neurons = row.subject.startswith("neurons/") and row.split == "total" and not row.metric.startswith("change_q")
+        if (geometric or shared or behaviour or neurons) and row.value == row.value:
             out[f"{PREFIX}/{row.subject}/{row.metric}"] = row.value
     return out
 

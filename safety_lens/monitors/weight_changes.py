@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from safety_lens.errors import ModelError
-from safety_lens.folding import active_adapters, base_model, saved_module
 from safety_lens.loading.architectures import architecture_of, blocks_of
+from safety_lens.loading.live import active_adapters, base_model, saved_module
 from safety_lens.loading.merging import Slot, base_layer, dequantised, fold_slot, is_plain_lora
 
 WRITERS = ("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h")
@@ -33,11 +33,11 @@ LAST = 10**6
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """ΔW = up @ down [d_out, d_in] of one matrix (down None: up is ΔW itself), and the matrix before it.
+    """ΔW = up @ down [d_out, d_in] in float64 of one matrix (down None: up is ΔW itself), and the matrix before it.
 
-    block: −1 for embeddings, LAST for the head. writes: whether its output is added to the residual stream (else it
-    reads from it). norm: the norm between it and the residual stream, None where there is none. offset: whether that
-    norm's gain is 1 + weight.
+    weight: before training, in the dtype it has. block: −1 for embeddings, LAST for the head. writes: whether its
+    output is added to the residual stream (else it reads from it). norm: the norm between it and the residual stream,
+    None where there is none. offset: whether that norm's gain is 1 + weight.
     """
 
     name: str
@@ -45,9 +45,14 @@ class Change:
     writes: bool
     up: Float[Tensor, "d_out r"]
     down: Float[Tensor, "r d_in"] | None
-    before: Float[Tensor, "d_out d_in"]
+    weight: Float[Tensor, "d_out d_in"]
     norm: Any
     offset: bool
+
+    @property
+    def before(self) -> Float[Tensor, "d_out d_in"]:
+        """The weight before training, in float64."""
+        return self.weight.double()
 
     @property
     def squared_norm(self) -> float:
@@ -129,7 +134,7 @@ def _adapted(base: PreTrainedModel, name: str, module: Any, place: tuple[int, bo
         return _change(base, name, place, new - old, None, old)
     names = list(active_adapters(module))
     layer: Any = base_layer(module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module)
-    old = _upright(base, name, dequantised(layer).double())
+    old = _upright(base, name, dequantised(layer))
     if is_plain_lora(module, names):
         mine = [n for n in names if n in module.lora_A and not module.disable_adapters]
         ups = [module.scaling[n] * module.lora_B[n].weight.detach().double() for n in mine]
@@ -140,15 +145,15 @@ def _adapted(base: PreTrainedModel, name: str, module: Any, place: tuple[int, bo
     plain.weight = nn.Parameter(torch.empty_like(dequantised(layer), dtype=torch.float64), requires_grad=False)
     with torch.no_grad():
         fold_slot(Slot(name, module, plain), names)
-    return _change(base, name, place, _upright(base, name, plain.weight.detach()) - old, None, old)
+    return _change(base, name, place, _upright(base, name, plain.weight.detach()) - old.double(), None, old)
 
 
 def _change(
-    base: PreTrainedModel, name: str, place: tuple[int, bool], up: Tensor, down: Tensor | None, before: Tensor
+    base: PreTrainedModel, name: str, place: tuple[int, bool], up: Tensor, down: Tensor | None, weight: Tensor
 ) -> Change:
     block, writes = place
     norm, offset = _norm(base, name, block, writes), architecture_of(base).offset_norms
-    return Change(name, block, writes, up, down, before, norm, offset)
+    return Change(name, block, writes, up, down, weight, norm, offset)
 
 
 def _place(base: PreTrainedModel, name: str) -> tuple[int, bool] | None:

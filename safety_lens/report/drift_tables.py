@@ -73,7 +73,7 @@ def drift_table(runs: Runs) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("run", "step", "concept", "cosine to\nbaseline", "noise\nfloor", "cosine,\ncorrected",
                    "AUROC, old\ndirection", "AUROC, new\ndirection"):  # fmt: skip
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", min_width=_longest_word(column, runs))
     for name, rows in runs.items():
         d = Drift(rows)
         for subject in d.subjects:
@@ -114,12 +114,21 @@ def behaviour_table(runs: Runs) -> Table:
         if any(Drift(rows).row(s, m, Drift(rows).last) for rows in runs.values())
     ]
     for column in ("run", "step", *(head for _, _, head in shown)):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", min_width=_longest_word(column, runs))
     for name, rows in runs.items():
         d = Drift(rows)
         for step in sorted({0, d.last} & set(d.steps)):
             table.add_row(Text(name), str(step), *(_stacked(d.get(s, m, step)) for s, m, _ in shown))
     return table
+
+
+WIDEST = 14
+
+
+def _longest_word(heading: str, runs: Runs) -> int:
+    """Characters below which a column would break a word of its heading, or of the runs' names under "run"."""
+    words = heading.split() + [word for name in runs for word in name.split() if heading == "run"]
+    return min(WIDEST, max(map(len, words)))
 
 
 def show_runs(runs: Runs) -> list[Table | Text]:

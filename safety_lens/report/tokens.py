@@ -1,17 +1,13 @@
-"""Tokens of before/after texts on one offline page, drawn by circuitsvis: projection, and what was touched.
-
-circuitsvis' script is taken from the installed package and inlined once, so the page needs no network; it is most of
-the page's size (about 1.3 MB). Text is escaped, and data enter as JSON that cannot end the script element.
-"""
+"""Tokens of before/after texts on one offline page, drawn by circuitsvis: projection, and what was touched."""
 
 import html
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 from safety_lens.errors import DataError
+from safety_lens.report.offline import bundle, document, inert, json_text, visible
+
+__all__ = ["TokenView", "token_page", "visible"]
 
 
 @dataclass(frozen=True)
@@ -49,11 +45,9 @@ def token_page(title: str, views: Sequence[TokenView], *, notes: Sequence[str] =
     """
     sections = "\n".join(_section(i, view) for i, view in enumerate(views))
     notes_html = "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{notes_html}\n"
-        f'<script crossorigin="anonymous">{_bundle()}</script>\n{sections}\n</body></html>\n'
-    )
+    charts = "".join(_chart(i, view) for i, view in enumerate(views))
+    body = f"<h1>{html.escape(title)}</h1>{notes_html}\n{sections}"
+    return document(title, body, style=STYLE, scripts=[bundle(), charts])
 
 
 def _section(number: int, view: TokenView) -> str:
@@ -67,36 +61,16 @@ def _section(number: int, view: TokenView) -> str:
         f'<span class="{"hit" if hit else "free"}">{html.escape(token)}</span>'
         for token, hit in zip(shown, view.touched, strict=True)
     )
-    values = [[0.0 if x != x else round(float(x), 3) for x in row] for row in view.values]
-    props = {"tokens": shown, "values": values, "labels": list(view.labels)}
-    target = f"tokens-{number}"
     lines = "".join(f"<p>{html.escape(line)}</p>" for line in view.lines)
     return (
         f"<section><h2>{html.escape(view.title)}</h2>{lines}"
         f'<p class="note">touched ({sum(view.touched)} of {len(shown)} tokens):</p><div class="strip">{strip}</div>'
         f'<p class="note">choose what colours the tokens; point at a token for its numbers:</p>'
-        f'<div class="chart" id="{target}"></div>'
-        f'<script>CircuitsVis.render("{target}", CircuitsVis.ColoredTokensMulti, {_json(props)});</script></section>'
+        f'<div class="chart" id="tokens-{number}"></div></section>'
     )
 
 
-def visible(token: str) -> str:
-    """The token with line breaks and tabs shown as signs; an empty one as ∅."""
-    return token.replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍") or "∅"
-
-
-def _json(value: object) -> str:
-    """JSON that is safe inside a script element: no "<", ">" or "&", and no line separators of JavaScript."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-@lru_cache(maxsize=1)
-def _bundle() -> str:
-    import circuitsvis
-
-    path = Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js"
-    if not path.is_file():
-        raise DataError(f"the installed circuitsvis has no script at {path}: install circuitsvis 1.43 or later")
-    # a closing tag inside a string of the bundle would end the element early
-    return path.read_text(encoding="utf-8").replace("</script", "<\\/script")
+def _chart(number: int, view: TokenView) -> str:
+    values = [[0.0 if x != x else round(float(x), 3) for x in row] for row in view.values]
+    props = {"tokens": [inert(token) for token in view.tokens], "values": values, "labels": list(view.labels)}
+    return f'CircuitsVis.render("tokens-{number}", CircuitsVis.ColoredTokensMulti, {json_text(props)});\n'

@@ -1,0 +1,93 @@
+"""Drift of neuron groups as measurement rows, for the drift log and for artifacts."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from safety_lens.log import NAN, Measurement
+from safety_lens.monitors.neuron_drift.moved import GroupDrift, Moved, Place
+from safety_lens.monitors.neuron_drift.statistics import MARGIN, QUANTITIES, compare
+
+SUBJECT = "neurons/"
+TOTAL = "total"
+QUANTILES = (5, 25, 50, 75, 95)
+
+
+def drift_rows(
+    drifts: Sequence[GroupDrift], step: int, *, seed: int | None = None, margin: float = MARGIN
+) -> list[Measurement]:
+    """Rows with subject "neurons/<group>" and split = the matrix's name, the block's, or "total".
+
+    Each figure of a group stands beside its partners', named `…_random`. Per matrix and in total: rms_change (of a
+    weight), relative_to_weight (√(ΣΔ²/Σw²)). Neurons and heads, per block and in total: unit_cosine, unit_turn. Total
+    only: mean_change and change_q05 … q95 (of ‖Δ‖ of a unit; of |Δ| of an entry), outside_share (of the group's weights
+    in matrices that were not adapted), change_ratio with limits over layers and change_p; turn_ratio and turn_p.
+    """
+    rows: list[Measurement] = []
+    for drift in drifts:
+        total = drift.total
+        rows += [row for place in (*drift.matrices, total) for row in _lengths(drift, place)]
+        if drift.blocks:
+            rows += [row for place in (*drift.blocks, drift.whole) for row in _angles(drift, place)]
+        rows += [*_distribution(drift), *_compared(drift, margin)]
+        note = f"{drift.size} weights; no matrix of it was adapted: it cannot move" if not drift.matrices else None
+        rows.append(_row(drift, "outside_share", drift.outside, TOTAL, drift.size, note))
+    return [replace(row, step=step, seed=seed) for row in rows]
+
+
+def _lengths(drift: GroupDrift, place: Place) -> list[Measurement]:
+    return [
+        row
+        for suffix, moved in _sides(place)
+        for row in (
+            _row(drift, f"rms_change{suffix}", moved.rms, place.name, moved.entries),
+            _row(drift, f"relative_to_weight{suffix}", moved.relative, place.name, moved.entries),
+        )
+    ]
+
+
+def _angles(drift: GroupDrift, place: Place) -> list[Measurement]:
+    return [
+        row
+        for suffix, moved in _sides(place)
+        for row in (
+            _row(drift, f"unit_cosine{suffix}", moved.mean_cosine, place.name, moved.units),
+            _row(drift, f"unit_turn{suffix}", moved.turned, place.name, moved.units),
+        )
+    ]
+
+
+def _distribution(drift: GroupDrift) -> list[Measurement]:
+    rows = []
+    for suffix, moved in _sides(drift.whole):
+        found = np.percentile(moved.sample, QUANTILES) if len(moved.sample) else np.full(len(QUANTILES), NAN)
+        rows.append(_row(drift, f"mean_change{suffix}", moved.mean_length, TOTAL, moved.units))
+        rows += [
+            _row(drift, f"change_q{q:02d}{suffix}", float(value), TOTAL, moved.units)
+            for q, value in zip(QUANTILES, found, strict=True)
+        ]
+    return rows
+
+
+def _compared(drift: GroupDrift, margin: float) -> list[Measurement]:
+    rows = []
+    for quantity, asked in QUANTITIES.items():
+        if not asked.places(drift):
+            continue
+        c = compare([drift], quantity, margin=margin)
+        said = f"H1 {c.answers.h1}, H2 {c.answers.h2}"
+        rows.append(_row(drift, f"{quantity}_ratio", c.ratio.value, TOTAL, c.matrices, said, c.ratio.low, c.ratio.high))
+        rows.append(_row(drift, f"{quantity}_p", c.p, TOTAL, c.matrices))
+    return rows
+
+
+def _sides(place: Place) -> tuple[tuple[str, Moved], tuple[str, Moved]]:
+    return ("", place.group), ("_random", place.random)
+
+
+def _row(
+    drift: GroupDrift, metric: str, value: float, split: str, n: int, note: str | None = None,
+    low: float = NAN, high: float = NAN,
+) -> Measurement:  # fmt: skip
+    return Measurement(f"{SUBJECT}{drift.group}", metric, value, low, high, n, split=split, note=note)
