@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from safety_lens.cli import demo, doctor, extract, finetune, monitor, pairs, report, steer, suppress
+from safety_lens.cli import demo, doctor, extract, finetune, monitor, neurons, pairs, report, risk, steer, suppress
 from safety_lens.errors import SafetyLensError
 
 app = typer.Typer(
@@ -43,9 +43,11 @@ app.command("report")(report.report)
 app.command("suppress")(suppress.suppress)
 app.command("finetune")(finetune.finetune)
 app.command("monitor")(monitor.monitor)
+app.command("risk")(risk.risk)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.add_typer(pairs.app, name="pairs")
+app.add_typer(neurons.app, name="neurons")
 
 
 def main() -> None:

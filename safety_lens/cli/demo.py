@@ -23,6 +23,8 @@ def demo(
     The organism is a toy that was trained for this: its numbers are about the toy.
     """
     from safety_lens.cli.demo_finetune import watch_two_fine_tunes
+    from safety_lens.cli.demo_neurons import find_neurons, freeze_and_compare
+    from safety_lens.cli.demo_risk import forecast_and_score
     from safety_lens.cli.demo_steering import steering
     from safety_lens.cli.demo_suppression import suppression
     from safety_lens.organism import CONCEPTS
@@ -43,6 +45,12 @@ def demo(
         "\n[bold]6. Did safety survive fine-tuning?[/bold] Benign data and compliance boilerplate, watched."
     )
     watch_two_fine_tunes(out / "finetune", seed=seed, device=device)
+    terminal.out.print("\n[bold]7. Which weights does refusal depend on?[/bold] Groups, beside random ones like them.")
+    find_neurons(out / "neurons", seed=seed, device=device)
+    terminal.out.print("\nDoes freezing them hold refusals? The compliance run again:")
+    freeze_and_compare(out / "neurons", out / "finetune" / "compliance", seed=seed, device=device)
+    terminal.out.print("\n[bold]8. Could it have been known before?[/bold] Forecasts, and the runs they are scored by.")
+    forecast_and_score(out / "risk", out / "finetune", seed=seed, device=device)
     terminal.out.print(
         f"\nplots: {out / 'directions'}/*.png, {out / 'plots'}/*.png, {out / 'finetune/figures'}/*.png", markup=False
     )

@@ -76,9 +76,13 @@ def draw(runs: "dict[str, list[Measurement]]", out: Path, pdf: bool) -> list[Pat
         ArtifactError: the folder cannot be written.
     """
     from safety_lens.report.drift_plots import draw_runs
+    from safety_lens.report.neuron_drift_plots import draw_neuron_drift
 
     try:
-        return draw_runs(runs, out, pdf=pdf)
+        written = draw_runs(runs, out, pdf=pdf)
+        for name, rows in runs.items():
+            written += draw_neuron_drift(rows, out / name if len(runs) > 1 else out, name, pdf=pdf)
+        return written
     except OSError as error:
         raise ArtifactError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
 

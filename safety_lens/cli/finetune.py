@@ -23,6 +23,11 @@ FLAGS = {
     "method": "tuning.method",
     "rank": "tuning.rank",
     "layers": "tuning.layers",
+    "freeze": "tuning.freeze",
+    "penalty": "protect.penalty",
+    "penalty_weight": "protect.weight",
+    "drop_risky": "protect.drop_risky",
+    "safety": "protect.safety",
     "epochs": "training.num_train_epochs",
     "max_steps": "training.max_steps",
     "learning_rate": "training.learning_rate",
@@ -30,6 +35,7 @@ FLAGS = {
     "report_to": "training.report_to",
     "concept": "monitor.concepts",
     "every": "monitor.every",
+    "watch": "monitor.groups",
     "on_alarm": "monitor.on_alarm",
     "seed": "seed",
     "device": "device",
@@ -56,6 +62,21 @@ def finetune(
     layers: Annotated[
         str | None, typer.Option(help="Blocks that get an adapter, such as 0,3,8-12; default all.")
     ] = None,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(help="Weights that stay exactly as they are: FOLDER:GROUP of a groups artifact; repeatable."),
+    ] = None,
+    penalty: Annotated[
+        str | None, typer.Option(help="Hold the model to its safe answers: kl, fisher or alignguard.")
+    ] = None,
+    penalty_weight: Annotated[float | None, typer.Option(help="0 or more; default each penalty's own.")] = None,
+    drop_risky: Annotated[
+        float | None, typer.Option(help="Share of the rows to leave out, those that push away from safe answers most.")
+    ] = None,
+    safety: Annotated[
+        str | None,
+        typer.Option(help="Requests for --penalty and --drop-risky, with safe answers or answered by the model."),
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; stands above --epochs.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
@@ -65,6 +86,10 @@ def finetune(
         list[str] | None, typer.Option(help="Built-in concept or file of pairs to watch; repeatable. None: no monitor.")
     ] = None,
     every: Annotated[int | None, typer.Option(help="Optimizer steps between measurements.")] = None,
+    watch: Annotated[
+        list[str] | None,
+        typer.Option(help="Neuron groups whose weights the monitor watches too: FOLDER:GROUP; repeatable."),
+    ] = None,
     on_alarm: Annotated[list[str] | None, typer.Option(help="log, checkpoint, stop, reduce_lr; repeatable.")] = None,
     change: Annotated[
         list[str] | None, typer.Option("--set", help="Any key: training.weight_decay=0.01; repeatable.")
@@ -173,10 +198,12 @@ def report_run(result: "RunResult") -> None:
     """Tables of what moved, figures beside the log, and where everything is."""
     from safety_lens.report.drift_plots import draw_run
     from safety_lens.report.drift_tables import show_runs
+    from safety_lens.report.neuron_drift_plots import draw_neuron_drift
 
     if any(row.metric == "cosine_to_baseline" for row in result.measurements):
         for part in show_runs({result.out.name: result.measurements}):
             terminal.out.print(part)
         draw_run(result.measurements, result.out / "figures", result.out.name)
+        draw_neuron_drift(result.measurements, result.out / "figures", result.out.name)
     terminal.out.print(f"{result.steps} steps", markup=False)
     terminal.out.print(f"written: {result.out}", markup=False, soft_wrap=True)
