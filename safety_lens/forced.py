@@ -1,6 +1,6 @@
 """Teacher forcing: how probable a given continuation is, in one forward per batch, with and without edits."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +44,7 @@ def continuation_logprobs(
     """
     out: dict[int, Tensor] = {}
     named = named_hooks(model, hooks)
-    for batch in _batches(model, rows, batch_size):
+    for batch in checked_batches(model, rows, batch_size):
         found = _logprobs(model, [rows[i] for i in batch], batch, named)
         out |= {i: found[k].cpu() for k, i in enumerate(batch)}
     return [out[i] for i in range(len(rows))]
@@ -68,7 +68,7 @@ def continuation_kl(
     """
     named = [named_hooks(model, hooks) for hooks in edits]
     out: list[dict[int, Float[np.ndarray, " new"]]] = [{} for _ in edits]
-    for batch in _batches(model, rows, batch_size):
+    for batch in checked_batches(model, rows, batch_size):
         part = [rows[i] for i in batch]
         base = _logprobs(model, part, batch, [])
         for found, hooks in zip(out, named, strict=True):
@@ -86,20 +86,31 @@ def _kl(base: Float[Tensor, "new d_vocab"], edited: Float[Tensor, "new d_vocab"]
     return terms.sum(-1).clamp(min=0.0).cpu().numpy()
 
 
-def _batches(model: HookedTransformer, rows: Sequence[Continuation], batch_size: int | str) -> Iterator[list[int]]:
+def checked_batches(
+    model: HookedTransformer,
+    rows: Sequence[Continuation],
+    batch_size: int | str,
+    budgets: Mapping[str, int] = TOKEN_BUDGET,
+    what: str = "row",
+) -> list[list[int]]:
+    """Numbers of the rows of every batch, like lengths together. budgets: tokens of an "auto" batch by device.
+
+    Raises:
+        DataError: a row without prompt or continuation, or longer than the context; `what` names it.
+    """
     check_batch_size(batch_size)
     for i, row in enumerate(rows):
         if not row.prompt or not row.tokens:
             raise DataError(
-                f"row {i} has {len(row.prompt)} prompt and {len(row.tokens)} continuation tokens: needs both"
+                f"{what} {i} has {len(row.prompt)} prompt and {len(row.tokens)} continuation tokens: needs both"
             )
         if len(row.prompt) + len(row.tokens) > model.cfg.n_ctx + 1:
             raise DataError(
-                f"row {i} has {len(row.prompt) + len(row.tokens)} tokens; the model takes {model.cfg.n_ctx}"
+                f"{what} {i} has {len(row.prompt) + len(row.tokens)} tokens; the model takes {model.cfg.n_ctx}"
             )
     cap = batch_size if isinstance(batch_size, int) else None
-    budget = 10**9 if cap else TOKEN_BUDGET.get(torch.device(model.cfg.device or "cpu").type, 2048)
-    yield from length_batches([len(r.prompt) + len(r.tokens) for r in rows], budget, max_rows=cap)
+    budget = 10**9 if cap else budgets.get(torch.device(model.cfg.device or "cpu").type, budgets["cpu"])
+    return length_batches([len(r.prompt) + len(r.tokens) for r in rows], budget, max_rows=cap)
 
 
 def _logprobs(

@@ -9,7 +9,7 @@ from safety_lens.cli.neurons_ablate import ablate
 from safety_lens.cli.neurons_identify import identify
 from safety_lens.cli.neurons_page import page
 
-SIZES = "0.01"
+SIZES = "0.003,0.01"
 EXAMPLES, PROMPTS, DRAWS = 64, 24, 20
 
 

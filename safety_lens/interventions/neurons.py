@@ -46,7 +46,7 @@ def kept(model: HookedTransformer, group: NeuronGroup, *, means: Means | None = 
     """The model with nothing but a group in every matrix or block part that the group was chosen from.
 
     Raises:
-        As `ablated`.
+        ModelMismatchError, DataError: as `ablated`.
     """
     with _edited(model, group, {key: ~_members(group, key) for key in group.index}, means):
         yield model

@@ -13,16 +13,16 @@ import numpy as np
 from jaxtyping import Float
 from transformer_lens import HookedTransformer
 
-from safety_lens.activations import encode_for
 from safety_lens.bootstrap import ratio_interval
 from safety_lens.data.rows import Row, read_rows
 from safety_lens.errors import DataError
 from safety_lens.forced import Continuation, continuation_kl
-from safety_lens.generation import generate, stop_tokens
+from safety_lens.generation import generate
 from safety_lens.interventions.fluency import perplexity
 from safety_lens.interventions.scorers.completion import Completion, Scorer
 from safety_lens.interventions.scorers.refusal import SubstringRefusal
 from safety_lens.organism import DATA_DIR, behaviour, families
+from safety_lens.probes.examples import own_answers
 from safety_lens.stats import Interval, wilson
 from safety_lens.types import FwdHook, Prompt
 
@@ -51,11 +51,8 @@ def benign_rows(
     An answer that ends does so with the stop token, so that an edit which makes the model go on costs something, and no
     answer is without tokens.
     """
-    encoded = encode_for(model, prompts, raw=raw, template_kwargs=template_kwargs)
-    written = generate(model, encoded, max_new_tokens=max_new_tokens)
-    stop = sorted(stop_tokens(model))[:1]
-    ends = [(*row.tokens, *stop) if row.stopped else row.tokens for row in written]
-    return [Continuation(tuple(e.ids), tokens) for e, tokens in zip(encoded, ends, strict=True)]
+    found = own_answers(model, prompts, max_new_tokens, raw=raw, template_kwargs=template_kwargs)
+    return [row for row, _ in found]
 
 
 class BenignKL(NamedTuple):

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformer_lens import HookedTransformer
 
-from safety_lens.batching import check_batch_size, length_batches
 from safety_lens.errors import DataError, HookNameError, ModelError
-from safety_lens.forced import Continuation, unembedded
+from safety_lens.forced import Continuation, checked_batches, unembedded
 from safety_lens.frames import running, whole
 from safety_lens.kv import right_padded
 from safety_lens.models import check_hooks, named_hooks
@@ -281,19 +280,7 @@ def example_batches(
     model: HookedTransformer, rows: Sequence[Continuation], batch_size: int | str
 ) -> Iterator[list[int]]:
     """Numbers of the rows of every batch, like lengths together. DataError: none, or one empty or too long."""
-    check_batch_size(batch_size)
     if not rows:
         raise DataError("there is no example to take gradients of")
-    for i, row in enumerate(rows):
-        if not row.prompt or not row.tokens:
-            raise DataError(
-                f"example {i} has {len(row.prompt)} prompt and {len(row.tokens)} response tokens: needs both"
-            )
-        if len(row.prompt) + len(row.tokens) > model.cfg.n_ctx + 1:
-            raise DataError(
-                f"example {i} has {len(row.prompt) + len(row.tokens)} tokens; the model takes {model.cfg.n_ctx}"
-            )
-    cap = batch_size if isinstance(batch_size, int) else None
-    budget = 10**9 if cap else TOKEN_BUDGET.get(torch.device(model.cfg.device or "cpu").type, 1024)
     # the longest first: what later batches need fits into the memory that the first has given back
-    yield from reversed(length_batches([len(r.prompt) + len(r.tokens) for r in rows], budget, max_rows=cap))
+    yield from reversed(checked_batches(model, rows, batch_size, TOKEN_BUDGET, "example"))
