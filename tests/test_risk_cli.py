@@ -72,7 +72,7 @@ def test_a_saved_forecast_is_scored_against_a_run(forecast: tuple[Path, str], ru
     assert found["score/measured", "log_slope"] == pytest.approx(4.0)
     assert found["score/closed_form", "calibration"] > 0
     assert load_artifact(out, kind="risk-score").measurements
-    assert "closed_form" in _run("--forecast", str(forecast[0]), "--score", str(run))
+    assert "closed form" in _run("--forecast", str(forecast[0]), "--score", str(run))
 
 
 def test_several_runs_are_ranked(forecast: tuple[Path, str], run: Path) -> None:

@@ -77,6 +77,10 @@ def ablate(
             "loss_only": loss_only, "seed": seed,
         }  # fmt: skip
         _write(out, hooked, rows, arguments, notes, overwrite)
+    notes.append(
+        f"at most {n_prompts} prompts or examples of each kind; p counts {draws} random groups, so it is"
+        f" {1 / (draws + 1):.2g} at least"
+    )
     _show(rows, notes, out, as_json)
 
 

@@ -92,7 +92,7 @@ def risk(
             )
         config = _config_of(score[0])
     changes: dict[str, Any] = {FLAGS[name]: value for name, value in given.items()}
-    changes |= {"out": str(out or "unwritten"), "monitor.concepts": []}
+    changes |= {"out": str(out or "unwritten"), "monitor.concepts": [], "monitor.groups": []}
     chosen: RunConfig = read_config(config, changes | dict(parse_change(text) for text in change or ()))
     budget = output.Asked(
         safety, n_safety, batches, rehearse, closed_form, directions, limit_kl, rows, ancestor, dry_run, as_json

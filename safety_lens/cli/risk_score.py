@@ -28,6 +28,8 @@ def score_saved(
     saved, measured = [load_risk(path) for path in forecasts], [read_run(path) for path in runs]
     rows: list[Measurement] = []
     for one, other, path in zip(saved, measured, runs, strict=True):
+        for name in _other_plan(one.manifest["arguments"]["config"], path):
+            terminal.err.print(f"! the forecast was made for another plan than {path}: {name} differs", markup=False)
         found = score_forecast(one.curves, other, limit=one.limit)
         rows += [replace(row, split=path.name) for row in found] if len(runs) > 1 else found
     if len(runs) > 2:
@@ -40,6 +42,16 @@ def score_saved(
             typer.echo(row.to_json())
         return
     show_score(rows)
+
+
+def _other_plan(planned: dict[str, Any], run: Path) -> list[str]:
+    """Keys of data, tuning and training in which a forecast's plan and a run differ; none where the run keeps none."""
+    from safety_lens.monitors.finetune.config import RunConfig, differences, read_config
+
+    if not (run / "config.yaml").is_file():
+        return []
+    found = differences(RunConfig.model_validate(planned), read_config(run / "config.yaml"))
+    return [key for key in found if key.partition(".")[0] in ("model", "data", "tuning", "training")]
 
 
 def _ranks(saved: Sequence[Any], measured: "Sequence[Measured]") -> "list[Measurement]":

@@ -34,6 +34,10 @@ def changes_of(hf: PreTrainedModel, name: str, adapter: str | Path | nn.Module, 
     try:
         live, _, _ = put_adapter(hf, adapter)
     except ModelError as error:
+        if not folder.exists():
+            raise ModelError(
+                f"there is no folder {adapter}, and no adapter of that name could be had: {error}"
+            ) from error
         raise ModelMismatchError(
             f"the adapter {adapter} was trained on {declared or 'another base'} and does not fit the base {name}: "
             f"{error}"

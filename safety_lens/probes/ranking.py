@@ -68,7 +68,7 @@ def top(
     if not any(len(members) for members in index.values()):
         raise DataError(
             f"the top {fraction:g} by {scope} of {scores.numel} {scores.unit}s is not one {scores.unit} anywhere:"
-            " choose a larger fraction or a wider scope"
+            " choose a larger fraction (identify has --top and --q) or a wider scope"
         )
     source = {
         "made by": "top",

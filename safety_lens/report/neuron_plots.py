@@ -1,6 +1,8 @@
 """Groups in pictures: where their members are, and what a model does without them as they grow."""
 
+import re
 from collections.abc import Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +27,7 @@ NAMES = {
 }
 SHARES = ("coherence", "coherence_harmful", "facts_accuracy")
 PER_ROW = 4
+COLOURS = (BLUE, "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def where_members_are(groups: Sequence[NeuronGroup]) -> "Figure":
@@ -77,33 +80,46 @@ def faithfulness(rows: Sequence[Measurement], *, title: str) -> "Figure":
     for axes in panels[len(measures) :]:
         axes.set_axis_off()
     figure.suptitle(title, fontsize=10)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
-    )
+    handles, labels = panels[0].get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
 
 def _panel(axes: "Axes", rows: Sequence[Measurement], measure: str) -> None:
+    """Groups that differ in size alone (`set-difference-0.01`) share a line; any other is a point with its name."""
     from matplotlib.ticker import NullLocator
 
-    sizes, value = _series(rows, measure)
     _, before = _series(rows, f"{measure}_before")
-    _, random = _series(rows, f"{measure}_change_random")
     axes.axhline(before[0, 0], color="black", lw=0.8, label="nothing edited")
-    axes.errorbar(
-        sizes, value[:, 0], np.abs(value[:, 1:] - value[:, :1]).T, fmt="o-", color=BLUE, ms=4, capsize=2, label="group"
-    )
-    level = before[:, :1] + random
-    axes.plot(sizes, level[:, 0], "s--", ms=3, color=GREY, label="matched random groups")
-    axes.fill_between(sizes, level[:, 1], level[:, 2], color=GREY, alpha=0.25, linewidth=0)
+    ticks: list[float] = []
+    for color, family in zip(cycle(COLOURS), _families(rows), strict=False):
+        mine = [row for row in rows if _family(row) == family]
+        sizes, value = _series(mine, measure)
+        _, random = _series(mine, f"{measure}_change_random")
+        bars = np.abs(value[:, 1:] - value[:, :1]).T
+        axes.errorbar(sizes, value[:, 0], bars, fmt="o-", color=color, ms=4, capsize=2, label=family)
+        if len(random):
+            level = before[:1, :1] + random
+            axes.plot(sizes, level[:, 0], "s--", ms=3, color=GREY, label="random groups of the same sizes")
+            axes.fill_between(sizes, level[:, 1], level[:, 2], color=GREY, alpha=0.25, linewidth=0)
+        ticks += sizes.tolist()
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(sizes, [f"{size:.2g}" for size in sizes], fontsize=8)
+    axes.set_xticks(sorted(set(ticks)), [f"{size:.2g}" for size in sorted(set(ticks))], fontsize=8)
     if measure in SHARES:
         axes.set_ylim(-0.03, 1.05)
     axes.set_title(NAMES.get(measure, measure.replace("_", " ")), fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _family(row: Measurement) -> str:
+    return re.sub(r"-[0-9.]+$", "", row.subject.removeprefix("group/"))
+
+
+def _families(rows: Sequence[Measurement]) -> list[str]:
+    return list(dict.fromkeys(_family(row) for row in rows))
 
 
 def _series(rows: Sequence[Measurement], metric: str) -> tuple[Float[np.ndarray, " size"], Float[np.ndarray, "size 3"]]:
