@@ -22,6 +22,18 @@ def demo(
 
     The organism is a toy that was trained for this: its numbers are about the toy.
     """
+    terminal.quiet_libraries()
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on matrices this small, threads wait for one another longer than they work
+    try:
+        _tell(out, seed, device)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _tell(out: Path, seed: int, device: str) -> None:
     from safety_lens.cli.demo_finetune import watch_two_fine_tunes
     from safety_lens.cli.demo_neurons import find_neurons, freeze_and_compare
     from safety_lens.cli.demo_risk import forecast_and_score
