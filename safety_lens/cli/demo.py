@@ -61,8 +61,8 @@ def _tell(out: Path, seed: int, device: str) -> None:
     find_neurons(out / "neurons", seed=seed, device=device)
     terminal.out.print("\nDoes freezing them hold refusals? The compliance run again:")
     freeze_and_compare(out / "neurons", out / "finetune" / "compliance", seed=seed, device=device)
-    terminal.out.print("\n[bold]8. Could it have been known before?[/bold] Forecasts, and the runs they are scored by.")
-    forecast_and_score(out / "risk", out / "finetune", seed=seed, device=device)
+    terminal.out.print("\n[bold]8. Could it have been known before?[/bold] A forecast, and the run that scores it.")
+    forecast_and_score(out / "risk", [out / "finetune" / "compliance"], seed=seed, device=device)
     terminal.out.print(
         f"\nplots: {out / 'directions'}/*.png, {out / 'plots'}/*.png, {out / 'finetune/figures'}/*.png", markup=False
     )
