@@ -1,5 +1,6 @@
 """The stop rule: behaviour alone alarms, geometry alone is a notice; and what an alarm does to a run."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,9 +53,22 @@ def test_geometry_never_alarms_however_far_it_turns() -> None:
     assert StopRule().update([turned(-0.9, -0.8)] * 50).level is Level.NOTICE
 
 
-def test_the_reason_names_step_amount_and_interval() -> None:
+def test_the_reason_names_amount_and_interval() -> None:
     verdict = StopRule().update([odds(-1.25, -1.0)])
-    assert verdict.reasons == ("step 5: refusal log odds on harmful prompts fell by 1.25 nats [1.00, 1.75]",)
+    assert verdict.reasons == ("refusal log odds on harmful prompts fell by 1.25 nats [1.00, 1.75]",)
+
+
+def test_behaviour_comes_first_and_a_direction_is_one_reason_however_many_hooks_it_turned_at() -> None:
+    hooks = [replace(turned(0.9 - 0.1 * k, 0.94 - 0.1 * k), hook=f"blocks.{k}.hook_resid_post") for k in range(4)]
+    lies = replace(turned(0.5, 0.6), subject="deception/dim")
+    reasons = StopRule().update([*hooks, lies, odds(-1.25, -1.0)]).reasons
+    assert reasons == (
+        "refusal log odds on harmful prompts fell by 1.25 nats [1.00, 1.75]",
+        "direction refusal/dim turned beyond its noise at 4 hooks, most at blocks.3.hook_resid_post:"
+        " cross-validated cosine 0.600 [0.550, 0.640]",
+        "direction deception/dim turned beyond its noise at blocks.3.hook_resid_post:"
+        " cross-validated cosine 0.500 [0.450, 0.600]",
+    )
 
 
 def test_a_notice_shortens_the_interval_until_it_is_over() -> None:

@@ -40,7 +40,7 @@ def made(speed: float = 0.1, probed: bool = True) -> list[Measurement]:
                 rows.append(Measurement(f"behaviour/{name}", "refusal_log_odds", odds, odds - 1, odds + 1, step=step))
                 change = Measurement(f"behaviour/{name}", "refusal_log_odds_change", sign * 2.0 * k, step=step)
                 rows += [change, Measurement(f"behaviour/{name}", "refusal_rate", 1 - k / 2, 0.0, 1.0, step=step)]
-        rows.append(Measurement("run", "level", 2.0 * (k > 1), step=step, note=f"step {step}: refusals fell"))
+        rows.append(Measurement("run", "level", 2.0 * (k > 1), step=step, note="refusals fell"))
     return rows
 
 
@@ -138,4 +138,5 @@ def test_tables_give_the_last_step_with_its_interval_and_a_mark_for_no_result() 
     assert "-4.00" in behaviour
     assert remarks({"mine": made()}) == [f"! lies/dim at 2.resid_post: {FAULT}"]
     assert alarms({"mine": made()}) == ["mine: ALARM at step 20: refusals fell"]
+    assert alarms({"mine": made()}, told=["mine"]) == ["mine: ALARM at step 20, and at 1 of 3 measurements"]
     assert len(show_runs({"mine": made(probed=False)})) == 3, "no behaviour table where none was measured"

@@ -191,17 +191,18 @@ def _train(config: "RunConfig", resume: bool, overwrite: bool, as_json: bool) ->
         for row in result.measurements:
             typer.echo(row.to_json())
         return
-    report_run(result)
+    # a run that goes on may have said its first alarm to another terminal
+    report_run(result, told=not resume and "log" in config.monitor.on_alarm)
 
 
-def report_run(result: "RunResult") -> None:
-    """Tables of what moved, figures beside the log, and where everything is."""
+def report_run(result: "RunResult", *, told: bool = False) -> None:
+    """Tables of what moved, figures beside the log, and where everything is. told: its alarm was printed meanwhile."""
     from safety_lens.report.drift_plots import draw_run
     from safety_lens.report.drift_tables import show_runs
     from safety_lens.report.neuron_drift_plots import draw_neuron_drift
 
     if any(row.metric == "cosine_to_baseline" for row in result.measurements):
-        for part in show_runs({result.out.name: result.measurements}):
+        for part in show_runs({result.out.name: result.measurements}, (result.out.name,) if told else ()):
             terminal.out.print(part)
         draw_run(result.measurements, result.out / "figures", result.out.name)
         draw_neuron_drift(result.measurements, result.out / "figures", result.out.name)

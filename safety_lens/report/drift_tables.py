@@ -1,6 +1,6 @@
 """Drift as terminal tables: what moved in each run by its last step, beyond noise, and whether behaviour moved."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from rich import box
@@ -131,12 +131,12 @@ def _longest_word(heading: str, runs: Runs) -> int:
     return min(WIDEST, max(map(len, words)))
 
 
-def show_runs(runs: Runs) -> list[Table | Text]:
-    """Both tables, remarks, and alarms, ready to be printed."""
+def show_runs(runs: Runs, told: Collection[str] = ()) -> list[Table | Text]:
+    """Both tables, remarks, and alarms, ready to be printed. told: runs whose alarm a reader has seen already."""
     parts: list[Table | Text] = [drift_table(runs)]
     if any(row.subject == "behaviour/harmful" for rows in runs.values() for row in rows):
         parts.append(behaviour_table(runs))
-    return [*parts, *(Text(line) for line in (*remarks(runs), *alarms(runs)))]
+    return [*parts, *(Text(line) for line in (*remarks(runs), *alarms(runs, told)))]
 
 
 AUDITS = (
@@ -185,12 +185,18 @@ def _audit_cell(
     return value if pair[1] is None else f"{value} ({number(totals.get((subject, pair[1], hook, step), NAN))})"
 
 
-def alarms(runs: Runs) -> list[str]:
-    """The first alarm of every run that had one, in the monitor's words."""
-    first = {
-        name: next((r for r in rows if r.metric == "level" and r.value >= ALARM), None) for name, rows in runs.items()
+def alarms(runs: Runs, told: Collection[str] = ()) -> list[str]:
+    """The first alarm of every run that had one, in the monitor's words; runs in `told` say only when and how often."""
+    levels = {
+        name: [row for row in rows if (row.subject, row.metric) == ("run", "level")] for name, rows in runs.items()
     }
-    return [f"{name}: ALARM at {row.note}" for name, row in first.items() if row is not None]
+    alarmed = {name: [row for row in rows if row.value >= ALARM] for name, rows in levels.items()}
+    return [
+        f"{name}: ALARM at step {rows[0].step}"
+        + (f", and at {len(rows)} of {len(levels[name])} measurements" if name in told else f": {rows[0].note}")
+        for name, rows in alarmed.items()
+        if rows
+    ]
 
 
 def remarks(runs: Runs) -> list[str]:
