@@ -241,10 +241,8 @@ def load_artifact(path: str | Path, model: "HookedTransformer | None" = None, *,
         ModelMismatchError: made with another model; the message says what differs.
     """
     path = Path(path)
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path, kind)
     found = manifest.get("kind")
-    if kind is not None and found != kind:
-        raise ArtifactError(f"{path} holds {found!r}, not {kind!r}")
     for name, expected in manifest.get("files", {}).items():
         file = path / name
         if not file.is_file():
@@ -262,7 +260,12 @@ def load_artifact(path: str | Path, model: "HookedTransformer | None" = None, *,
     return Artifact(str(found), manifest, tensors, read_measurements(path / MEASUREMENTS))
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """What an artifact folder says of itself; its files are not looked at. kind: what it must be.
+
+    Raises:
+        ArtifactError: no artifact, or one of another kind or schema.
+    """
     if not path.is_dir():
         raise ArtifactError(f"{path} is not a folder; an artifact is a folder with a {MANIFEST}")
     try:
@@ -274,6 +277,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         raise ArtifactError(f"{path} has schema {schema!r}; this version reads schema {SCHEMA}")
+    if kind is not None and manifest.get("kind") != kind:
+        raise ArtifactError(f"{path} holds {manifest.get('kind')!r}, not {kind!r}")
     return manifest
 
 

@@ -1,6 +1,8 @@
 """Freezing: the effective weight of a group never moves, everything else learns, and what is saved says so."""
 
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -589,6 +591,54 @@ def test_a_run_keeps_its_groups_frozen_through_a_kill_and_its_folder_loads_as_it
         before, after, mask = weight_of(base, matrix), weight_of(tuned, matrix), group.mask(matrix)
         assert torch.equal(before[mask], after[mask])
         assert float((before != after)[~mask].float().mean()) > 0.95
+
+
+def test_a_run_says_in_a_line_what_it_freezes_and_watches(groups: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    chosen = config(
+        tmp_path / "b", [f"{groups}:entries"], training__max_steps=1, monitor__groups=[f"{groups}:units"],
+        monitor__concepts=["refusal"], monitor__probes=False, monitor__layers=[3],
+    )  # fmt: skip
+    run(chosen, on_group=told.append)
+    live = adapted_organism()
+    sizes = {
+        name: module.in_features * module.out_features
+        for name, module in live.named_modules()
+        if name.endswith(("q_proj", "v_proj"))
+    }
+    trained = sum(sizes.values())
+    entries = sum(size // 50 for size in sizes.values())
+    assert told == [
+        f"frozen: entries: {entries:,} weights; {entries / trained:.3%} of the {trained:,} weights that are trained;"
+        f" from {groups}/manifest.json",
+        f"watched: units: 3 neurons, {3 * 3 * 128:,} weights; 0.000% of the {trained:,} weights that are trained;"
+        f" from {groups}/manifest.json",
+    ]
+
+
+def test_a_typo_is_the_only_thing_said_and_known_before_torch_is_imported(groups: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from safety_lens.cli import main\n"
+        "try: main()\n"
+        "finally: assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    for flags, said in (
+        (["--data", "benin"], "error: no training data 'benin'; did you mean 'benign'?"),
+        (["--data", "benign", "--freeze", f"{groups}:entrys"], f"did you mean {groups}:entries?"),
+        (["--data", "benign", "--freeze", str(tmp_path / "none")], "is not a folder"),
+        (["--data", "benign", "--concept", "refusl"], "did you mean 'refusal'?"),
+        (["--data", "benign", "--concept", "refusal", "--watch", f"{groups}"], "holds several groups"),
+        (["--data", "benign", "--penalty", "kl", "--safety", "saftey"], "error: "),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program, "finetune", "--out", str(tmp_path / "x"), *flags],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert said in done.stderr
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "x").exists()
 
 
 def test_what_of_a_group_cannot_move_anyway_is_noted(groups: Path, tmp_path: Path) -> None:

@@ -111,12 +111,14 @@ def finetune(
     """
     from safety_lens.cli.extract import parse_layers
     from safety_lens.monitors.finetune.config import parse_change, read_config
+    from safety_lens.monitors.finetune.early import check_early
 
     given = {k: v for k, v in locals().items() if k in FLAGS and v is not None}
     changes: dict[str, Any] = {FLAGS[name]: value for name, value in given.items()}
     if layers is not None:
         changes["tuning.layers"] = parse_layers(layers)
     chosen = read_config(config, changes | dict(parse_change(text) for text in change or ()))
+    check_early(chosen)  # a typo is known before anything is imported that takes seconds
     terminal.quiet_libraries()
     if dry_run:
         _announce(chosen, measure, as_json)
@@ -173,8 +175,6 @@ def _train(config: "RunConfig", resume: bool, overwrite: bool, as_json: bool) ->
     from safety_lens.monitors.finetune.run import run
 
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft reads the old name
-    if not config.monitor.concepts:
-        terminal.err.print("no --concept is named: nothing is monitored")
 
     def on_log(step: int, logs: Mapping[str, float]) -> None:
         if "loss" in logs:
@@ -185,6 +185,7 @@ def _train(config: "RunConfig", resume: bool, overwrite: bool, as_json: bool) ->
         resume=resume,
         overwrite=overwrite,
         on_log=on_log,
+        on_group=lambda line: terminal.err.print(line, markup=False, soft_wrap=True),
         on_note=lambda note: terminal.err.print(f"! {note}", markup=False, soft_wrap=True),
     )
     if as_json:

@@ -85,7 +85,7 @@ def chosen_groups(names: Sequence[str], model: "HookedTransformer") -> "list[Any
         ArtifactError: no such artifact or group. ModelMismatchError: groups of another model.
     """
     from safety_lens.errors import ArtifactError
-    from safety_lens.monitors.finetune.freezing import split_name
+    from safety_lens.monitors.finetune.early import split_name
     from safety_lens.probes.groups import load_groups
 
     found = []

@@ -31,17 +31,29 @@ def load_concept(name_or_path: str | Path, *, seed: int = 0, raw: bool | None = 
     return _concept(read_source(name), name if name in CONCEPTS else None, source=name, seed=seed, raw=raw)
 
 
+def check_concept(name_or_path: str | Path) -> None:
+    """Refuse a name that `load_concept` could not follow; nothing is read.
+
+    Raises:
+        DataError: with the nearest built-in concept.
+    """
+    from safety_lens.organism import CONCEPTS
+
+    name = str(name_or_path)
+    if name not in CONCEPTS and not name.startswith("hf:") and not Path(name).exists():
+        raise DataError(_unknown_concept(name, CONCEPTS))
+
+
 def read_source(name_or_path: str | Path) -> Table:
     """The rows behind a name as `load_concept` takes it: built-in, file, or "hf:..."."""
     from safety_lens.organism import CONCEPTS, concept_file
 
+    check_concept(name_or_path)
     name = str(name_or_path)
     if name in CONCEPTS:
         return read_rows(concept_file(name))
     if name.startswith("hf:"):
         return read_hub(name)
-    if not Path(name).exists():
-        raise DataError(_unknown_concept(name, CONCEPTS))
     return read_rows(name)
 
 

@@ -112,20 +112,30 @@ def _listed(lines: Sequence[int]) -> str:
     return f"row{'s' if len(lines) > 1 else ''} {shown}" + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
 
 
+def check_source(source: str) -> None:
+    """Refuse a name that is neither a known set, a data set of the Hub nor a file; nothing is read.
+
+    Raises:
+        DataError: with the nearest known name.
+    """
+    known = [*ORGANISM, *PUBLIC]
+    if source in known or source.startswith("hf:") or Path(source).expanduser().is_file():
+        return
+    near = difflib.get_close_matches(source.lower(), known, n=1)
+    raise DataError(
+        f"no training data {source!r}{f'; did you mean {near[0]!r}?' if near else ''}: give a JSONL, JSON or CSV"
+        f" file, hf:NAME, or one of {', '.join(known)}"
+    )
+
+
 def read_table(source: str) -> Table:
     """The rows of a named set, a data set of the Hub or a file, whatever their format."""
+    check_source(source)
     if source in ORGANISM:
         return read_rows(DATA_DIR / f"finetune_{source}.jsonl")
     if source in PUBLIC or source.startswith("hf:"):
         return read_hub(PUBLIC.get(source, source))
     path = Path(source).expanduser()
-    if not path.is_file():
-        known = [*ORGANISM, *PUBLIC]
-        near = difflib.get_close_matches(source.lower(), known, n=1)
-        raise DataError(
-            f"no training data {source!r}{f'; did you mean {near[0]!r}?' if near else ''}: give a JSONL, JSON or CSV"
-            f" file, hf:NAME, or one of {', '.join(known)}"
-        )
     return _read_json(path) if path.suffix.lower() == ".json" else read_rows(path)
 
 

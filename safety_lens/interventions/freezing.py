@@ -230,6 +230,20 @@ def group_entries(live: nn.Module, groups: Iterable[NeuronGroup]) -> dict[str, I
     return {module: torch.unique(torch.cat(flat)) for module, flat in found.items()}
 
 
+def trained_matrices(live: nn.Module) -> list[Matrix]:
+    """Matrices of the blocks whose effective weight training can change: through an adapter, or directly."""
+    base = base_model(unwrapped(live))
+    return [
+        _matrix(name, home, base)
+        for name, home in homes(unwrapped(live)).items()
+        if _moves(base.get_submodule(home.module))
+    ]
+
+
+def _moves(layer: Any) -> bool:
+    return trained_weight(layer) is not None or any(_is_trained(layer, name) for name in active_adapters(layer))
+
+
 def _matrix(name: str, home: Home, base: nn.Module) -> Matrix:
     _, d_in = shape_of(original_layer(base.get_submodule(home.module)))[:: -1 if home.transposed else 1]
     return Matrix(name, int(name.split(".")[1]), name.rpartition(".")[2], len(home.rows), d_in)

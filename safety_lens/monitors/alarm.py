@@ -99,7 +99,7 @@ class StopRule:
         )
 
     def _turned(self, row: Measurement) -> bool:
-        return row.metric == "cosine_cv" and row.high < 1 - self.delta
+        return row.metric == "cosine_cv" and bool(row.high < 1 - self.delta)
 
 
 def _notices(turned: Sequence[Measurement]) -> list[str]:

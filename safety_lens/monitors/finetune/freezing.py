@@ -1,7 +1,7 @@
 """What a run keeps frozen: groups named in its configuration, read early and checked against the model it trains."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from safety_lens.artifacts import MANIFEST, load_artifact, sha256_of
-from safety_lens.errors import ArtifactError
-from safety_lens.interventions.freezing import Frozen, NothingToFreeze, freeze
+from safety_lens.interventions.freezing import Frozen, NothingToFreeze, freeze, trained_matrices
 from safety_lens.loading.live import has_quantised
 from safety_lens.models import load_model
+from safety_lens.monitors.finetune.early import chosen_group, split_name
 from safety_lens.probes.groups import KIND, NeuronGroup, load_groups
 
 
@@ -32,22 +32,29 @@ def named_groups(names: Sequence[str], hf: PreTrainedModel | None = None) -> lis
 
 
 def _named(text: str, found: Sequence[NeuronGroup]) -> NeuronGroup:
-    place, name = split_name(text)
     have = [group.name for group in found]
-    if name is None and len(found) == 1:
-        return found[0]
-    if name not in have:
-        asked = f"{place} holds several groups" if name is None else f"{place} holds no group {name!r}"
-        raise ArtifactError(f"{asked}: name one of {', '.join(have)}, such as {place}:{have[0]}")
-    return found[have.index(name)]
+    return found[have.index(chosen_group(text, have))]
 
 
-def split_name(text: str) -> tuple[str, str | None]:
-    """`FOLDER:GROUP` as folder and group; a folder whose own name has a colon is itself."""
-    place, colon, name = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return text, None
-    return place, name
+def group_lines(live: nn.Module, names: Sequence[str], groups: Sequence[NeuronGroup], what: str) -> list[str]:
+    """A line for each group of a run: what is done with it, its name, members, share of what is trained, and source.
+
+    live: the model about to be trained. names: `FOLDER:GROUP` of each group. what: such as "frozen".
+    """
+    if not groups:
+        return []
+    trained = {matrix.name: matrix for matrix in trained_matrices(live)}
+    of = sum(matrix.numel for matrix in trained.values())
+    return [_line(text, group, set(trained), of, what) for text, group in zip(names, groups, strict=True)]
+
+
+def _line(text: str, group: NeuronGroup, trained: Set[str], of: int, what: str) -> str:
+    entries = {name: len(flat) for name, flat in group.entries().items()}
+    members = f"{group.size:,} {group.unit}{'s' if group.size != 1 else ''}"
+    weights = "" if group.unit == "weight" else f", {sum(entries.values()):,} weights"
+    inside = sum(count for name, count in entries.items() if name in trained)
+    share = f"{inside / of:.3%} of the {of:,} weights that are trained" if of else "no matrix of a block is trained"
+    return f"{what}: {group.name}: {members}{weights}; {share}; from {Path(split_name(text)[0]) / MANIFEST}"
 
 
 def frozen_entry(names: Sequence[str], frozen: Frozen | None) -> dict[str, Any]:

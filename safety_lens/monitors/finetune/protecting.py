@@ -14,7 +14,6 @@ from safety_lens.forced import Continuation
 from safety_lens.interventions.penalties import AlignGuard, FisherPenalty, KlPenalty, Moved, Penalty, PenaltyCallback
 from safety_lens.models import load_model
 from safety_lens.monitors.finetune.config import Protect, RunConfig
-from safety_lens.probes.example_sets import asked_of
 from safety_lens.probes.examples import ExampleSet, read_examples
 from safety_lens.probes.fisher import sampled_nll
 from safety_lens.probes.matrices import Matrix, matrices_of
@@ -33,16 +32,6 @@ class Protection:
     callbacks: tuple[TrainerCallback, ...] = ()
     notes: tuple[str, ...] = ()
     entry: dict[str, Any] = field(default_factory=dict)
-
-
-def check_protection(config: RunConfig) -> None:
-    """Refuse safety data that cannot be read, before any model loads.
-
-    Raises:
-        DataError: no such file or set, or a malformed row.
-    """
-    if config.protect.is_on:
-        asked_of(config.protect.safety, None, None)
 
 
 def protect(

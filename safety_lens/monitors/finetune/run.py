@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,9 +32,10 @@ from safety_lens.log import NAN, Measurement, read_measurements
 from safety_lens.models import load_hf
 from safety_lens.monitors.finetune.boilerplate import refuse_boilerplate
 from safety_lens.monitors.finetune.config import RunConfig
-from safety_lens.monitors.finetune.freezing import freeze_named, frozen_entry, named_groups
+from safety_lens.monitors.finetune.early import check_early
+from safety_lens.monitors.finetune.freezing import freeze_named, frozen_entry, group_lines, named_groups
 from safety_lens.monitors.finetune.place import CHECKPOINTS, LOG, claim, last_checkpoint
-from safety_lens.monitors.finetune.protecting import check_protection, protect
+from safety_lens.monitors.finetune.protecting import protect
 from safety_lens.monitors.finetune.training import (
     out_of_vocabulary,
     quantization_of,
@@ -45,6 +47,9 @@ from safety_lens.monitors.finetune.watch import monitor_callback
 from safety_lens.monitors.inputs import named_concepts
 from safety_lens.monitors.neuron_drift.watch import WHOLE
 from safety_lens.probes.estimators import estimator
+from safety_lens.probes.groups import NeuronGroup
+
+UNWATCHED = "no concept is named (--concept): nothing is monitored"
 
 OnLog = Callable[[int, Mapping[str, float]], None]
 """Called with the step and what the Trainer logged."""
@@ -83,6 +88,7 @@ def prepare(config: RunConfig) -> Prepared:
             boilerplate for another model.
         ModelError: no such model.
     """
+    check_early(config)
     parse_dtype(config.dtype)
     base = resolve(config.model)
     if base.adapter is not None:
@@ -92,7 +98,6 @@ def prepare(config: RunConfig) -> Prepared:
     named = [load_concept(name, seed=config.seed) for name in config.monitor.concepts]
     concepts = tuple(named_concepts(named)) if named else ()
     estimator(config.monitor.method)
-    check_protection(config)
     named_groups([*config.tuning.freeze, *config.monitor.groups])
     if config.monitor.groups and config.tuning.method == "full":
         raise DataError(f"monitor.groups: {WHOLE}")
@@ -107,6 +112,7 @@ def run(
     callbacks: Sequence[TrainerCallback] = (),
     on_log: OnLog | None = None,
     on_note: Callable[[str], None] | None = None,
+    on_group: Callable[[str], None] | None = None,
 ) -> RunResult:
     """Fine-tune as the configuration says, with the monitor watching, into `config.out`.
 
@@ -115,6 +121,7 @@ def run(
         overwrite: replace a run that is there.
         callbacks: further callbacks of the Trainer.
         on_log: called with every log entry of the Trainer. on_note: called with every note as soon as it is known.
+            on_group: called with a line about every group that is frozen or watched.
 
     Raises:
         DataError, ModelError, ArtifactError: see `prepare`, `claim`; ModelError for a loss that is no number.
@@ -127,8 +134,11 @@ def run(
     set_seed(config.seed)  # adapters start from random factors, and the Trainer seeds too late for them
     live = with_trained_weights(hf, config)
     frozen, frozen_notes = freeze_named(live, groups)
+    for line in lines_of_groups(config, live, groups, watched) if ready.arguments.process_index == 0 and on_group else ():
+        on_group(line)
     protection = protect(config, live, tokenizer, rows.rows)
-    notes = [*ready.data.notes, *rows.notes, *frozen_notes, *protection.notes]
+    unwatched = [] if ready.concepts else [UNWATCHED]
+    notes = [*unwatched, *ready.data.notes, *rows.notes, *frozen_notes, *protection.notes]
     for note in notes:
         (on_note or _silent)(note)
     held: list[TrainerCallback] = [*protection.callbacks, *([frozen.callback()] if frozen else [])]
@@ -159,6 +169,16 @@ def run(
 
 def _silent(note: str) -> None:
     """Nobody listens."""
+
+
+def lines_of_groups(
+    config: RunConfig, live: nn.Module, frozen: Sequence[NeuronGroup], watched: Sequence[NeuronGroup]
+) -> list[str]:
+    """A line about every group that a run freezes or watches."""
+    return [
+        *group_lines(live, config.tuning.freeze, frozen, "frozen"),
+        *group_lines(live, config.monitor.groups, watched, "watched"),
+    ]
 
 
 def _load(ready: Prepared) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TokenRows]:
