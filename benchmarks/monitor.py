@@ -3,7 +3,8 @@
 Times are CPU seconds, so that other work on the machine does not enter. The organism trains on its own rows; the
 100 M-parameter random Llama on 16 rows of 256 tokens a step, rank 16 on all seven projections. Its random weights make
 every greedy answer differ after a step, so its measurement is the most costly one: all answers are written anew.
-safety-compass runs its own code from PyPI on 40 + 20 pairs of the same three concepts, with its default batch of 4.
+safety-compass runs its own code from PyPI on 40 + 20 pairs of the same three concepts, with its default batch of 4,
+and reads one block; ours reads every block by default, and that one block for a comparison of equal work.
 --pairs reads the concepts from files in its format (`refusal.jsonl` or `pairs_refusal_*.jsonl`, …) instead of the
 organism's, --tokenizer and --template how the 100 M model reads them; the organism is then left out.
 
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from models import llama_100m
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
 
-from safety_lens.data import load_concept
+from safety_lens.data import Concept, load_concept
 from safety_lens.models import load_hf
 from safety_lens.monitors import Monitor, Pairs
 from safety_lens.organism import DATA_DIR
@@ -108,7 +109,7 @@ def peer_measurement(live: PeftModel, tokenizer: Any, pairs: Path, folder: Path)
     for name in CONCEPTS:
         strategy[name] = json.loads((folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[0])["strategy"]
     configs = [
-        {"name": n, "pairing_strategy": strategy[n], "contrastive_pairs_file": f"{n}.jsonl", "best_layer": layers // 2}
+        {"name": n, "pairing_strategy": strategy[n], "contrastive_pairs_file": f"{n}.jsonl", "best_layer": peer_layer(live)}
         for n in CONCEPTS
     ]
     settings = {"num_layers": layers, "hidden_dim": live.config.hidden_size, "extraction_batch_size": 4}
@@ -129,15 +130,27 @@ def measured(report: Report, name: str, live: PeftModel, tokenizer: Any, pairs: 
     report.add(
         f"{name}: measurements, % of training, every {every} steps", 100 * ours / (every * step), target, most=True
     )
-    of_peer = Pairs(PEER_PAIRS["train"], PEER_PAIRS["val"])
-    equal = Monitor(live, concepts, tokenizer=tokenizer, probes=None, pairs=of_peer)
-    equal.baseline()
-    same = cpu_seconds(lambda: equal.measure(1))
+    same = unprobed(live, concepts, tokenizer, None)
+    one = unprobed(live, concepts, tokenizer, [f"blocks.{peer_layer(live)}.hook_resid_post"])
     live.eval()
     with tempfile.TemporaryDirectory() as folder:
         theirs = cpu_seconds(peer_measurement(live, tokenizer, pairs, Path(folder)), repeats=1)
     report.add(f"{name}: safety-compass / ours at default settings, probes included", theirs / ours, 5.0)
-    report.add(f"{name}: safety-compass / ours on its number of pairs, without probes", theirs / same, 5.0)
+    report.add(f"{name}: safety-compass / ours on its number of pairs, every block, without probes", theirs / same, 5.0)
+    report.add(f"{name}: safety-compass / ours on its number of pairs at its one block", theirs / one, 5.0)
+
+
+def unprobed(live: PeftModel, concepts: Sequence[Concept], tokenizer: Any, hooks: Sequence[str] | None) -> float:
+    """CPU seconds of a measurement on as many pairs as safety-compass reads, without behaviour."""
+    pairs = Pairs(PEER_PAIRS["train"], PEER_PAIRS["val"])
+    monitor = Monitor(live, concepts, tokenizer=tokenizer, probes=None, pairs=pairs, hooks=hooks)
+    monitor.baseline()
+    return cpu_seconds(lambda: monitor.measure(1))
+
+
+def peer_layer(live: PeftModel) -> int:
+    """The block that safety-compass is told to read: its users give one for each concept."""
+    return int(live.config.num_hidden_layers) // 2
 
 
 def main() -> None:

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from safety_lens.interventions.strength import MakeHooks
     from safety_lens.probes import DirectionSet
 
-LAYERS = (1, 3, 5, 7)
-COEFFS = (-1.0, -0.5, -0.25, -0.125, 0.0, 0.125, 0.25, 0.5, 1.0)
+LAYERS = (3, 5, 7)
+COEFFS = (-0.5, -0.25, -0.125, 0.0, 0.125, 0.25, 0.5)
 CONTROL_COEFFS = (-0.25, 0.25)
-SELECTION, TEST, BENIGN = 10, 16, 12
+SELECTION, TEST, BENIGN = 10, 12, 8
 MAX_KL, TARGET_KL = 0.2, 0.02
 SHOWN = 2
 
@@ -80,7 +80,7 @@ def _sweep(model: "HookedTransformer", found: "DirectionSet", out: Path, seed: i
     from safety_lens.report.steering_plots import draw_all
     from safety_lens.report.steering_tables import cell_table, site_table
 
-    terminal.out.print("\n[bold]3. How much does it take, where, at what cost?[/bold] Borderline requests, 4 blocks.")
+    terminal.out.print("\n[bold]3. How much does it take, where, at what cost?[/bold] Borderline requests, 3 blocks.")
     prompts = [SweepPrompt(p, "selection") for p in instructions("borderline", "val", SELECTION)]
     prompts += [SweepPrompt(p, "test") for p in instructions("borderline", "test", TEST)]
     result = sweep(
