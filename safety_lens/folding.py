@@ -7,7 +7,7 @@ merge_adapter / unmerge_adapter on a live bf16 model changes a fifth of the adap
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -84,8 +84,9 @@ class Shadow:
         for slot in self.slots:
             if (index := self._block(slot.name)) is not None:
                 self._in_block.setdefault(index, []).append(slot)
-        for slot in self.slots:  # in a streamed shadow too: an adapter that cannot be merged is an error now
-            self._fold(slot)
+        with torch.no_grad():
+            for slot in self.slots:  # in a streamed shadow too: an adapter that cannot be merged is an error now
+                self._fold(slot)
         if streamed:
             for index, block in enumerate(blocks_of(self.model)):
                 block.forward = partial(self._load_and_run, index, block.forward)
@@ -134,7 +135,6 @@ class Shadow:
         for slot in self._in_block.get(index, ()):
             self._fold(slot)
 
-    @torch.no_grad()
     def _fold(self, slot: Slot) -> None:
         names = self.adapters if self.adapters is not None else active_adapters(slot.live)
         fold_slot(slot, list(names))
@@ -174,7 +174,7 @@ class LoraFolder:
         WeightSyncError: an adapter whose merged weight does not reproduce its live effect.
     """
 
-    _built_from: tuple[object, ...]
+    _built_from: list[object]
 
     def __init__(self, model: HookedTransformer, trained: PeftModel | PreTrainedModel) -> None:
         self.model = model
@@ -234,9 +234,9 @@ class LoraFolder:
         made.refresh()
         return made
 
-    def _fingerprint(self) -> tuple[object, ...]:
+    def _fingerprint(self) -> list[object]:
         """Identity of every storage involved, and which adapters and saved modules are in force."""
-        return (*_identity(self.trained), *_identity(self.model))
+        return _identity(self.trained) + _identity(self.model)
 
 
 def _settled(
@@ -246,18 +246,23 @@ def _settled(
     return (adapters, dtype, streamed, *_identity(trained))
 
 
-def _identity(model: nn.Module) -> Iterator[object]:
-    """Walks the tree itself: nn.Module's own iterators would take as long as folding a few small matrices."""
-    waiting: list[nn.Module | None] = [model]
-    seen: set[nn.Module | None] = {None}
-    while waiting:
-        if (module := waiting.pop()) in seen:
-            continue
-        assert module is not None
-        seen.add(module)
-        waiting.extend(module._modules.values())
+def _identity(model: nn.Module) -> list[object]:
+    """Where every parameter is and lies, and which adapters are in force.
+
+    Walks the tree itself and keeps one flat list: nn.Module's own iterators, and a tuple for each parameter, would take
+    as long as folding a few small matrices.
+    """
+    waiting: list[nn.Module] = [model]
+    seen = {id(model)}
+    found: list[object] = []
+    for module in waiting:  # it grows while it is walked
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                waiting.append(child)
         for parameter in module._parameters.values():
             if parameter is not None:
-                yield id(parameter), parameter.data_ptr(), parameter.dtype
+                found += (id(parameter), parameter.data_ptr(), parameter.dtype)
         if isinstance(module, AuxiliaryTrainingWrapper):
-            yield tuple(module.active_adapters), module.disable_adapters
+            found += (tuple(module.active_adapters), module.disable_adapters)
+    return found
