@@ -108,8 +108,9 @@ def peer_measurement(live: PeftModel, tokenizer: Any, pairs: Path, folder: Path)
     layers, strategy = live.config.num_hidden_layers, {}
     for name in CONCEPTS:
         strategy[name] = json.loads((folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[0])["strategy"]
+    best = peer_layer(live)
     configs = [
-        {"name": n, "pairing_strategy": strategy[n], "contrastive_pairs_file": f"{n}.jsonl", "best_layer": peer_layer(live)}
+        {"name": n, "pairing_strategy": strategy[n], "contrastive_pairs_file": f"{n}.jsonl", "best_layer": best}
         for n in CONCEPTS
     ]
     settings = {"num_layers": layers, "hidden_dim": live.config.hidden_size, "extraction_batch_size": 4}
