@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from safety_lens.monitors.forecasting.answers import Kl, SafeAnswers
 from safety_lens.monitors.forecasting.growth import (
     NEVER,
     Curve,
+    Deviation,
     Moments,
     Polynomial,
     banded,
@@ -42,6 +44,7 @@ from safety_lens.monitors.forecasting.scoring import (
     measured_of,
     rank_runs,
     score_forecast,
+    verdict,
 )
 from safety_lens.probes.fisher import Overlap
 from safety_lens.stats import Interval
@@ -118,10 +121,13 @@ def test_nothing_is_claimed_where_the_path_has_turned() -> None:
     assert 0.5 * t**2 * 4.0 == pytest.approx(0.5 * t * 3.0)
     assert valid_until(1.0, 0.0) == NEVER
     steps = np.arange(1.0, 101.0)
-    curve = banded(lambda drawn: 1e-5 * steps**2, 10, steps, 0.1, valid=50.0)
+    curve = banded(lambda drawn, off: 1e-5 * steps**2, 10, steps, 0.1, EXACT, valid=50.0)
     assert curve.reaches.value == pytest.approx(100.0)
     assert curve.abstains
-    assert not banded(lambda drawn: 1e-5 * steps**2, 10, steps, 0.1, valid=100.0).abstains
+    assert not banded(lambda drawn, off: 1e-5 * steps**2, 10, steps, 0.1, EXACT, valid=100.0).abstains
+
+
+EXACT = Deviation(0.0, 0.0, 2)
 
 
 def test_bands_hold_the_truth_as_often_as_they_say() -> None:
@@ -129,9 +135,35 @@ def test_bands_hold_the_truth_as_often_as_they_say() -> None:
     for trial in range(100):
         p = rng.normal(size=60)
         moments = Moments.of_products(p, np.zeros(60))
-        curve = banded(lambda d, m=moments: m.drawn(d).polynomial(steps), 60, steps, 0.1, repeats=100, seed=trial)
+        curve = banded(
+            lambda d, off, m=moments: m.drawn(d).polynomial(steps), 60, steps, 0.1, EXACT, repeats=100, seed=trial
+        )
         hits += bool(curve.low[4] <= 0.5 * 25 <= curve.high[4])
     assert 0.87 <= hits / 100 <= 0.99
+
+
+def test_the_interval_of_a_law_that_errs_holds_the_next_run_as_often_as_it_says() -> None:
+    """Exponents of eight runs give an interval for the ninth; without them the interval would hold next to none."""
+    rng, steps, held = np.random.default_rng(4), np.arange(1.0, 401.0), {True: 0, False: 0}
+    for trial in range(200):
+        seen, true = rng.normal(4.5, 0.4, 8), rng.normal(4.5, 0.4)
+        step = 5 * (0.1 / 1e-4) ** (1 / true)
+        for stated in held:
+            off = Deviation(float(seen.mean() - 4), float(seen.std(ddof=1)), 8) if stated else EXACT
+            when = banded(
+                lambda d, o: 1e-4 * (steps / 5) ** (4 + o), 10, steps, 0.1, off, repeats=200, seed=trial
+            ).reaches
+            held[stated] += when.low <= step <= when.high
+    assert 0.9 <= held[True] / 200 <= 0.99
+    assert held[False] / 200 < 0.05
+
+
+def test_a_law_that_is_always_late_has_an_interval_that_says_so() -> None:
+    steps = np.arange(1.0, 101.0)
+    late = Deviation(1.0, 0.05, 8)
+    when = banded(lambda d, off: 1e-4 * (steps / 5) ** (4 + off), 10, steps, 0.1, late).reaches
+    assert when.high == when.value == pytest.approx(5 * 1000**0.25, rel=0.01)
+    assert when.low < 5 * 1000**0.2 < when.value
 
 
 def test_a_crossing_is_interpolated_and_a_flat_curve_has_none() -> None:
@@ -303,6 +335,13 @@ def test_a_rehearsal_goes_on_by_its_law() -> None:
     assert np.isnan(_rehearsal([0.0, 0.0]).exponent(everyone))
 
 
+def test_the_exponent_that_was_needed_leads_to_the_measured_step() -> None:
+    rehearsal, everyone = _rehearsal([1e-5 * k**2 for k in range(1, 6)]), np.arange(10)
+    needed = rehearsal.exponent_to(everyone, 30.0, 0.1)
+    assert rehearsal.quartic(everyone, np.array([30.0]), needed - 4) == pytest.approx([0.1])
+    assert np.isnan(rehearsal.exponent_to(everyone, 5.0, 0.1))
+
+
 STEPS = np.arange(1.0, 101.0)
 
 
@@ -324,6 +363,9 @@ def test_levels_say_why() -> None:
     assert warned(_curve(40, valid=20.0), None, flat, small, limit=0.1, steps=100).level == "grey"
     assert warned(_curve(NEVER), None, steep, small, limit=0.1, steps=100, t_valid=1.0).level == "amber"
     assert warned(_curve(NEVER), _curve(70), None, None, limit=0.1, steps=100).level == "red"
+    perhaps = replace(_curve(NEVER), reaches=Interval(150.0, 80.0, NEVER))
+    assert warned(_curve(NEVER), perhaps, flat, small, limit=0.1, steps=100).level == "amber"
+    assert warned(_curve(NEVER), perhaps, flat, small, limit=0.1, steps=70).level == "green"
 
 
 def test_white_noise_has_lift_one_and_no_warning() -> None:
@@ -459,6 +501,9 @@ def test_a_saved_forecast_comes_back_whole(reports: dict[str, Any], tmp_path: Pa
     for name, curve in curves_of(report).items():
         assert np.array_equal(saved.curves[name].kl, curve.kl)
         assert saved.curves[name].reaches == curve.reaches
+        assert saved.curves[name].claims == curve.claims
+    assert saved.curves["rehearsal"].claims == "extrapolated from 3 steps"
+    assert saved.level == report.warning.level
     assert saved.limit == 0.1
     assert len(saved.measurements) == len(measurements_of(report))
 
@@ -493,6 +538,35 @@ def test_abstaining_is_a_miss_and_lateness_is_told_from_earliness() -> None:
     assert not is_right(_curve(5.0), 20.0, 100.0)
     assert is_right(_curve(NEVER), NEVER, 100.0)
     assert not is_right(_curve(20.0), NEVER, 100.0)
+
+
+def test_a_verdict_does_not_contradict_itself() -> None:
+    """A forecast is not right for what it does not claim, nor where the run ended too early to tell."""
+    assert verdict(_curve(50.0), 20.0, 100.0) == (1.0, "")
+    assert verdict(_curve(90.0), 20.0, 100.0) == (0.0, "4.5 times late")
+    assert verdict(_curve(NEVER), 20.0, 100.0) == (0.0, "forecasts none")
+    assert verdict(_curve(50.0, valid=30.0), 20.0, 100.0) == (0.0, "abstains")
+    assert verdict(_curve(250.0, valid=30.0), NEVER, 100.0) == (0.0, "abstains")
+    assert verdict(_curve(250.0), NEVER, 100.0) == (1.0, "also later than step 100")
+    assert verdict(_curve(20.0), NEVER, 100.0) == (0.0, "early")
+    undecided, why = verdict(_curve(60.0), NEVER, 100.0)
+    assert np.isnan(undecided)
+    assert why == "the run is too short"
+
+
+def test_a_missed_warning_and_a_missed_interval_are_told() -> None:
+    run = measured_of(_log({step: 4e-6 * step**4 for step in range(0, 30, 2)}))  # 0.1 at step 12.6
+    narrow = replace(_curve(20.0), reaches=Interval(20.0, 18.0, 22.0))
+    for level, missed in (("green", 1.0), ("amber", 1.0), ("red", 0.0)):
+        rows = {(r.subject, r.metric): r for r in score_forecast({"closed_form": narrow}, run, limit=0.1, level=level)}
+        assert rows["score/warning", "missed"].value == missed
+    assert f"the level was {level}; the limit was reached at step 13" in str(rows["score/warning", "missed"].note)
+    assert rows["score/closed_form", "right"].value == 1.0
+    assert rows["score/closed_form", "inside"].value == 0.0
+    quiet = measured_of(_log({step: 1e-6 * step for step in range(0, 30, 2)}))
+    rows = {(r.subject, r.metric): r for r in score_forecast({"closed_form": narrow}, quiet, limit=0.1, level="red")}
+    assert rows["score/closed_form", "inside"].value == 0.0
+    assert "false alarm" in str(rows["score/warning", "missed"].note)
 
 
 def test_runs_are_ranked_and_two_are_too_few() -> None:

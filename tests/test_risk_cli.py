@@ -1,16 +1,22 @@
 """`safety-lens risk`: forecast, figures, row risks, scoring, and what it says when it cannot."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from safety_lens.artifacts import load_artifact
 from safety_lens.cli import app
+from safety_lens.cli.risk_score import show_score
 from safety_lens.errors import ArtifactError, DataError, SafetyLensError
 from safety_lens.log import Measurement, write_measurements
+from safety_lens.monitors.forecasting.growth import Curve
+from safety_lens.monitors.forecasting.scoring import Measured, score_forecast
+from safety_lens.stats import Interval
 
 PLAN = [
     *("--model", "organism", "--data", "compliance", "--max-steps", "20", "--learning-rate", "1e-3", "--device", "cpu"),
@@ -36,7 +42,8 @@ def forecast(tmp_path_factory: Any) -> tuple[Path, str]:
 def test_a_forecast_is_printed_and_written_with_its_figures(forecast: tuple[Path, str]) -> None:
     out, said = forecast
     assert "closed form" in said
-    assert "rehearsal" in said
+    assert "extrapolated" in said
+    assert "the law's own error" in said
     names = {path.name for path in out.iterdir()}
     figures = {"forecast.png", "sensitivity.png", "spectrum.png", "row_risk.png"}
     assert figures | {"row_risk.jsonl", "risk.safetensors", "measurements.jsonl"} <= names
@@ -73,6 +80,26 @@ def test_a_saved_forecast_is_scored_against_a_run(forecast: tuple[Path, str], ru
     assert found["score/closed_form", "calibration"] > 0
     assert load_artifact(out, kind="risk-score").measurements
     assert "closed form" in _run("--forecast", str(forecast[0]), "--score", str(run))
+
+
+def test_what_is_printed_of_a_score_does_not_contradict_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    """The run breaks at step 12.6: abstention is no "yes", and a warning that was not given is named."""
+    steps = np.arange(1.0, 101.0)
+    kl = 0.1 * (steps / 20) ** 4
+    close = Curve(steps, kl, kl, kl, Interval(20.0, 11.0, 40.0), float("inf"), taken=5)
+    curves = {"rehearsal": close, "closed_form": replace(close, valid=6.0, reaches=Interval(20.0, 18.0, 22.0), taken=0)}
+    at = np.arange(2.0, 60.0, 2.0)
+    show_score(score_forecast(curves, Measured(at, 4e-6 * at**4, {}), limit=0.1, level="amber"))
+    lines = capsys.readouterr().out.splitlines()
+    rehearsal, closed = (next(line for line in lines if name in line).split() for name in ("rehearsal", "closed"))
+    assert rehearsal.count("yes") == 2
+    assert closed.count("no") + closed.count("no:") == 2
+    assert "yes" not in closed
+    assert any(
+        line.startswith("MISSED WARNING the level was amber; the limit was reached at step 13") for line in lines
+    )
+    show_score(score_forecast(curves, Measured(at, 4e-6 * at**4, {}), limit=0.1, level="red"))
+    assert "MISSED" not in capsys.readouterr().out
 
 
 def test_several_runs_are_ranked(forecast: tuple[Path, str], run: Path) -> None:

@@ -66,7 +66,7 @@ def forecast_run(config: "RunConfig", asked: Asked, run: Path | None, out: Path 
     if asked.ancestor:
         more += _ancestor(hf, tokenizer, config, safe.continuations, asked)
     if measured is not None:
-        more += score_forecast(curves_of(report), measured, limit=asked.limit)
+        more += score_forecast(curves_of(report), measured, limit=asked.limit, level=report.warning.level)
     ranked, lines = _ranked(model, tokenizer, config, safe.continuations) if asked.rows else (None, [])
     if out is not None:
         save_risk(
@@ -197,6 +197,11 @@ def _show(report: "RiskReport", notes: Sequence[str], rows: "Sequence[Measuremen
     for reason in report.warning.reasons[1:]:
         terminal.out.print(f"  also: {reason}", markup=False, soft_wrap=True)
     terminal.out.print(_table(report))
+    terminal.out.print(
+        "95 %: draw of the answers, and the law's own error as it was on fine-tunes of the organism; it may be larger"
+        " elsewhere",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
     show_score([row for row in rows if row.subject.startswith("score/")])
     for row in rows:
         if row.subject.startswith("ancestor/"):
@@ -214,7 +219,7 @@ def _table(report: "RiskReport") -> Any:
     table = Table(
         box=box.SIMPLE_HEAD, title=f"KL per token on {report.n_safety} safe answers, plan of {report.steps} steps"
     )
-    for column in ("forecast", f"step to {report.budget.limit:g}", "95 %", "KL at the end", "claims up to step"):
+    for column in ("forecast", f"step to {report.budget.limit:g}", "95 %", "KL at the end", "known"):
         table.add_column(column, justify="left" if column == "forecast" else "right")
     for name, curve in curves_of(report).items():
         when = curve.reaches
@@ -223,7 +228,7 @@ def _table(report: "RiskReport") -> Any:
             _step(when.value) + (" (beyond its range)" if curve.valid < when.value < float("inf") else ""),
             f"{_step(when.low)} … {_step(when.high)}",
             f"{curve.kl[report.steps - 1]:.2g}",
-            _step(curve.valid) if curve.valid < float("inf") else "any",
+            curve.claims,
         )
     return table
 

@@ -1,6 +1,6 @@
 """`safety-lens risk --score`: saved forecasts set beside what monitored runs measured."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ def score_saved(
     for one, other, path in zip(saved, measured, runs, strict=True):
         for name in _other_plan(one.manifest["arguments"]["config"], path):
             terminal.err.print(f"! the forecast was made for another plan than {path}: {name} differs", markup=False)
-        found = score_forecast(one.curves, other, limit=one.limit)
+        found = score_forecast(one.curves, other, limit=one.limit, level=one.level)
         rows += [replace(row, split=path.name) for row in found] if len(runs) > 1 else found
     if len(runs) > 2:
         rows += _ranks(saved, measured)
@@ -74,38 +74,75 @@ def _ranks(saved: Sequence[Any], measured: "Sequence[Measured]") -> "list[Measur
     return rank_runs(numbers, truth)
 
 
-SCORED = ("step_to_limit", "step_ratio", "right", "log_slope")
-HEADINGS = ("step to\nlimit", "forecast /\nmeasured", "within a\nfactor of 3", "grows as\nstep to the")
+SCORED = ("step_to_limit", "step_ratio", "inside", "right", "log_slope", "claims_to_step")
+HEADINGS = (
+    "step to\nlimit",
+    "× what was\nmeasured",
+    "in the\ninterval",
+    "within a\nfactor of 3",
+    "grows as\nstep^",
+    "known",
+)
 
 
 def show_score(rows: "Sequence[Measurement]") -> None:
-    """A line for each forecast and what came, then ranks over runs; the ratio at every checkpoint is in the rows."""
+    """A line for each forecast and what came, then missed warnings and ranks over runs.
+
+    The ratio at every checkpoint is in the rows.
+    """
     from rich import box
     from rich.table import Table
 
-    found: dict[tuple[str, str], dict[str, Measurement]] = {}
+    found: dict[str, dict[str, dict[str, Measurement]]] = {}
     for row in rows:
         if row.metric in SCORED:
-            found.setdefault((row.split or "", row.subject.removeprefix("score/")), {})[row.metric] = row
-    if found:
-        table = Table(title="Forecasts beside what was measured", box=box.SIMPLE_HEAD)
-        several = len({run for run, _ in found}) > 1
-        for column in (*(["run"] if several else []), "forecast", *HEADINGS):
+            run = found.setdefault(row.split or "", {})
+            run.setdefault(row.subject.removeprefix("score/"), {})[row.metric] = row
+    for name, lines in found.items():
+        title = "Forecasts beside what was measured" + (f": {name}" if name else "")
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("forecast", no_wrap=True)
+        for column in HEADINGS:
             table.add_column(column, overflow="fold")
-        for (run, name), numbers in found.items():
-            cells = [_scored(numbers.get(metric)) for metric in SCORED]
-            table.add_row(*([run] if several else []), name.replace("_", " "), *cells)
+        for forecast, numbers in lines.items():
+            cells = [CELLS[metric](numbers[metric]) if metric in numbers else "" for metric in SCORED]
+            table.add_row(forecast.replace("_", " "), *cells)
         terminal.out.print(table)
     for row in rows:
+        if row.metric == "missed":
+            _say_warning(row)
         if row.metric == "rank_runs":
             band = f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]"
             what = row.subject.removeprefix("score/").replace("_", " ")
             terminal.out.print(f"rank agreement over {row.n} runs, {what}: {band}", markup=False)
 
 
-def _scored(row: "Measurement | None") -> str:
-    if row is None:
-        return ""
-    if row.metric == "right":
-        return ("yes" if row.value else "no") + (f" ({row.note})" if row.note else "")
+def _say_warning(row: "Measurement") -> None:
+    run = f"{row.split}: " if row.split else ""
+    terminal.out.print("[bold red]MISSED WARNING[/] " if row.value else "warning: ", end="")
+    terminal.out.print(f"{run}{row.note}", markup=False, soft_wrap=True)
+
+
+def _number(row: "Measurement") -> str:
     return f"{row.value:.3g}" if row.value == row.value else row.note or "–"
+
+
+def _step(row: "Measurement") -> str:
+    if row.low != row.low:
+        return _number(row)
+    return f"{_number(row)} [{row.low:.3g}, {f'{row.high:.3g}' if row.high == row.high else 'never'}]"
+
+
+def _answer(row: "Measurement") -> str:
+    said = {1.0: "yes", 0.0: "no"}.get(row.value, "open")
+    return said + (f": {row.note}" if row.note else "")
+
+
+CELLS: "dict[str, Callable[[Measurement], str]]" = {
+    "step_to_limit": _step,
+    "step_ratio": _number,
+    "inside": _answer,
+    "right": _answer,
+    "log_slope": _number,
+    "claims_to_step": lambda row: row.note or "",
+}

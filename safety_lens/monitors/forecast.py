@@ -19,7 +19,17 @@ from safety_lens.forced import Continuation
 from safety_lens.models import load_model
 from safety_lens.monitors.finetune.config import RunConfig
 from safety_lens.monitors.forecasting.answers import SafeAnswers
-from safety_lens.monitors.forecasting.growth import KAPPA, NAN, NEVER, Curve, Moments, Polynomial, banded, valid_until
+from safety_lens.monitors.forecasting.growth import (
+    CLOSED_OFF,
+    KAPPA,
+    NAN,
+    NEVER,
+    Curve,
+    Moments,
+    Polynomial,
+    banded,
+    valid_until,
+)
 from safety_lens.monitors.forecasting.levels import Warned, warned
 from safety_lens.monitors.forecasting.path import Path, find_path, optimiser_named
 from safety_lens.monitors.forecasting.planned import Planned, Throwaway, plan, throwaway
@@ -182,10 +192,11 @@ def _closed(spare: Throwaway, planned: Planned, answers: SafeAnswers, path: Path
     t_valid = valid_until(u, w, budget.kappa)
     inside = np.flatnonzero(t <= t_valid)
     curve = banded(
-        lambda drawn: moments.drawn(drawn).polynomial(t),
+        lambda drawn, off: moments.drawn(drawn).polynomial(t * np.exp(off)),
         len(answers.rows),
         steps,
         budget.limit,
+        CLOSED_OFF,
         valid=NEVER if len(inside) == len(t) else float(steps[inside[-1]]) if len(inside) else 0.0,
         seed=budget.seed,
     )

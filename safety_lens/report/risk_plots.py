@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 STYLES = {"closed_form": (BLUE, "-"), "rehearsal": (ORANGE, "-"), "rehearsal_fitted": (PURPLE, "--")}
 NAMES = {
     "closed_form": "closed form",
-    "rehearsal": "rehearsal, quartic",
-    "rehearsal_fitted": "rehearsal, fitted power law",
+    "rehearsal": "rehearsal, extrapolated: quartic",
+    "rehearsal_fitted": "rehearsal, extrapolated: fitted power law",
 }
 
 
 class Forecast(NamedTuple):
-    """A curve to be drawn: steps, KL per token, its band, and the last step that it claims anything for."""
+    """A curve to be drawn: steps, KL per token, its band (answers and law), and the last step that it claims anything
+    for.
+    """
 
     steps: Float[np.ndarray, " step"]
     kl: Float[np.ndarray, " step"]
@@ -71,7 +73,7 @@ def forecast_figure(
         axes.set_ylim(bottom=0.3 * min(p.min() for p in positive if len(p)), top=max(10 * limit, 3.0))
     axes.set(xscale="log", xlabel="optimizer step", ylabel="KL per token on safe answers (nats)", title=title)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, title="bands: 95 %, answers and error of the law", title_fontsize=8)
     return figure
 
 

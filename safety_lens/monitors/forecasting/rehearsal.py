@@ -25,10 +25,14 @@ from transformers import (
 from safety_lens.errors import DataError
 from safety_lens.monitors.finetune.training import trainer, training_arguments
 from safety_lens.monitors.forecasting.answers import Kl, SafeAnswers
-from safety_lens.monitors.forecasting.growth import NAN, Curve, banded
+from safety_lens.monitors.forecasting.growth import NAN, Curve, Deviation, banded
 from safety_lens.monitors.forecasting.planned import Planned, Throwaway
 
 QUARTIC = 4.0
+QUARTIC_OFF = Deviation(0.85, 0.75, 8)
+"""Of the exponent from step 5 to a KL of 0.1, less 4, on the organism (`benchmarks/forecast.py --pilot`)."""
+FITTED_OFF = Deviation(2.44, 0.42, 8)
+"""The same less the fitted exponent."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +47,17 @@ class Rehearsal:
         """KL per token after each step, of the examples with these numbers."""
         return np.array([kl.per_token(drawn) for kl in self.kl])
 
-    def quartic(self, drawn: np.ndarray, times: Float[np.ndarray, " later"]) -> Float[np.ndarray, " later"]:
-        """KL_K·(t/t_K)⁴ after step K; measured (interpolated) before."""
-        return self._from_last(drawn, times, QUARTIC)
+    def quartic(
+        self, drawn: np.ndarray, times: Float[np.ndarray, " later"], deviation: float = 0.0
+    ) -> Float[np.ndarray, " later"]:
+        """KL_K·(t/t_K)⁴ after step K; measured (interpolated) before. deviation: of the exponent."""
+        return self._from_last(drawn, times, QUARTIC + deviation)
 
-    def fitted(self, drawn: np.ndarray, times: Float[np.ndarray, " later"]) -> Float[np.ndarray, " later"]:
-        """A power law through all K points, by least squares on logarithms."""
-        return self._from_last(drawn, times, self.exponent(drawn))
+    def fitted(
+        self, drawn: np.ndarray, times: Float[np.ndarray, " later"], deviation: float = 0.0
+    ) -> Float[np.ndarray, " later"]:
+        """The same with the exponent that fits all K points best, by least squares on logarithms."""
+        return self._from_last(drawn, times, self.exponent(drawn) + deviation)
 
     def exponent(self, drawn: np.ndarray) -> float:
         """The fitted exponent; NaN where fewer than two steps moved anything."""
@@ -58,6 +66,11 @@ class Rehearsal:
         if moved.sum() < 2:
             return NAN
         return float(np.polyfit(np.log(self.times[moved]), np.log(kl[moved]), 1)[0])
+
+    def exponent_to(self, drawn: np.ndarray, time: float, limit: float) -> float:
+        """The exponent with which the KL would grow from step K to `limit` at t = `time`; NaN where nothing moved."""
+        kl, last = self.measured(drawn)[-1], self.times[-1]
+        return float(np.log(limit / kl) / np.log(time / last)) if kl > 0 and 0 < last < time else NAN
 
     def _from_last(self, drawn: np.ndarray, times: np.ndarray, exponent: float) -> Float[np.ndarray, " later"]:
         kl, last = self.measured(drawn), self.times[-1]
@@ -141,11 +154,19 @@ class _Watch(TrainerCallback):
 def extrapolated(found: Rehearsal, planned: Planned, limit: float, *, fitted: bool = False, seed: int = 0) -> Curve:
     """The KL after every planned step and further, by the quartic or the fitted law.
 
-    The band resamples safety examples; the law itself is a guess that no interval covers: see both.
+    The band resamples safety examples and lets the exponent deviate as it did on runs of the organism.
     """
     steps, times = horizon(planned)
-    law = found.fitted if fitted else found.quartic
-    return banded(lambda drawn: law(drawn, times), len(found.kl[0].sums), steps, limit, seed=seed)
+    law, deviation = (found.fitted, FITTED_OFF) if fitted else (found.quartic, QUARTIC_OFF)
+    return banded(
+        lambda drawn, off: law(drawn, times, off),
+        len(found.kl[0].sums),
+        steps,
+        limit,
+        deviation,
+        taken=len(found.kl),
+        seed=seed,
+    )
 
 
 FURTHER = 4

@@ -16,6 +16,7 @@ from safety_lens.monitors.drift_log import read_log
 from safety_lens.monitors.finetune.place import LOG
 from safety_lens.monitors.forecast import RiskReport
 from safety_lens.monitors.forecasting.growth import Curve
+from safety_lens.monitors.forecasting.levels import LEVELS, Level
 from safety_lens.monitors.forecasting.scoring import Measured, measured_of
 from safety_lens.stats import Interval
 
@@ -38,7 +39,7 @@ def measurements_of(report: RiskReport) -> list[Measurement]:
 
     An infinite step (not reached) is NaN with a note.
     """
-    level = ("green", "grey", "amber", "red").index(report.warning.level)
+    level = LEVELS.index(report.warning.level)
     rows = [
         Measurement("risk", "level", float(level), note="; ".join(report.warning.reasons)),
         Measurement("risk", "mean_loss", report.mean_loss, n=report.budget.batches),
@@ -63,7 +64,7 @@ def _curve_rows(subject: str, curve: Curve, steps: int, n: int) -> list[Measurem
         note = f"beyond step {curve.valid:.0f} the closed form claims nothing"
     return [
         Measurement(subject, "step_to_limit", *_known(when), n=n, note=note),
-        Measurement(subject, "valid_until_step", curve.valid if np.isfinite(curve.valid) else NAN),
+        Measurement(subject, "valid_until_step", curve.valid if np.isfinite(curve.valid) else NAN, note=curve.claims),
         Measurement(subject, "token_kl", curve.kl[end], curve.low[end], curve.high[end], n=n, step=steps),
     ]
 
@@ -120,7 +121,7 @@ def save_risk(
         tensors |= {
             f"{name}.{field}": torch.from_numpy(np.ascontiguousarray(getattr(curve, field))) for field in FIELDS
         }
-        tensors[f"{name}.when"] = torch.tensor([*curve.reaches, curve.valid], dtype=torch.float64)
+        tensors[f"{name}.when"] = torch.tensor([*curve.reaches, curve.valid, curve.taken], dtype=torch.float64)
     if report.sensitivity is not None:
         tensors["eigenvalues"] = torch.from_numpy(np.ascontiguousarray(report.sensitivity.spectrum.eigenvalues))
     return save_artifact(
@@ -143,6 +144,10 @@ class SavedRisk(NamedTuple):
     measurements: list[Measurement]
     manifest: dict[str, Any]
 
+    @property
+    def level(self) -> Level:
+        return LEVELS[int(self.value("risk", "level"))]
+
     def value(self, subject: str, metric: str) -> float:
         """One number of it; NaN where there is none."""
         return next((r.value for r in self.measurements if (r.subject, r.metric) == (subject, metric)), NAN)
@@ -159,9 +164,9 @@ def load_risk(path: Path) -> SavedRisk:
     for key in found.tensors:
         name, dot, field = key.partition(".")
         if dot and field == "when":
-            *when, valid = found.tensors[key].tolist()
+            *when, valid, taken = found.tensors[key].tolist()
             steps, kl, low, high = (found.tensors[f"{name}.{f}"].numpy() for f in FIELDS)
-            curves[name] = Curve(steps, kl, low, high, Interval(*when), valid)
+            curves[name] = Curve(steps, kl, low, high, Interval(*when), valid, int(taken))
     limit = float(found.manifest["arguments"]["budget"]["limit"])
     return SavedRisk(curves, limit, found.measurements, found.manifest)
 
