@@ -60,13 +60,12 @@ def _show_environment(device: str, dtype: str) -> None:
 
 
 def _show(findings: "list[Finding]", model: str) -> None:
-    from rich import box
-    from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"Conformance of {model}", box=box.SIMPLE_HEAD)
-    for column in ("check", "", "relative gap", "allowed", "what it says"):
-        table.add_column(column)
+    from safety_lens.report.whole_words import WordTable
+
+    table = WordTable("check", "", "relative gap", "allowed", "what it says", title=Text(f"Conformance of {model}"))
     for f in findings:
         gap, allowed = ("–" if x != x else f"{x:.1e}" for x in (f.gap, f.tolerance))
-        table.add_row(f.name, "ok" if f.ok else "[bold red]FAILED", gap, allowed, f.detail)
+        table.add_row(f.name, "ok" if f.ok else Text("FAILED", style="bold red"), gap, allowed, f.detail)
     terminal.out.print(table)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from safety_lens.data.validate import Finding
@@ -53,7 +53,9 @@ def sources(as_json: Json = False) -> None:
         rows = [{"concept": s.concept, "source": s.name, "inputs": s.inputs, "licence": s.licence} for s in SOURCES]
         typer.echo(json.dumps(rows, ensure_ascii=False))
         return
-    table = Table("concept", "source", Column("inputs (--from, in this order)", overflow="fold"), "licence")
+    from safety_lens.report.whole_words import WordTable
+
+    table = WordTable("concept", "source", "inputs (--from, in this order)", "licence")
     for item in SOURCES:
         table.add_row(item.concept, item.name, "\n".join(item.inputs), item.licence)
     Console().print(table)
@@ -136,9 +138,11 @@ def _written(out: Path, rows: Sequence[dict[str, Any]], notes: Sequence[str], as
 
 
 def _show(pairs: str, findings: Sequence["Finding"]) -> None:
+    from safety_lens.report.whole_words import WordTable
+
     styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
-    table = Table("", "check", "n", "what was found", title=pairs, title_justify="left")
+    table = WordTable("", "check", "n", "what was found", title=Text(pairs))
     for finding in findings:
-        row = (finding.check, str(finding.n), finding.message.replace("[", "\\["))
-        table.add_row(f"[{styles[finding.level]}]{finding.level}[/]", *row)
+        level = Text(finding.level, style=styles[finding.level])
+        table.add_row(level, finding.check, str(finding.n), finding.message)
     Console().print(table)

@@ -261,13 +261,9 @@ def _printer(model: "HookedTransformer") -> Callable[[int, int], None]:
 
 
 def _side_by_side(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+    from safety_lens.report.whole_words import WordTable
 
-    table = Table(box=box.SIMPLE_HEAD, show_lines=True)
-    for column in ("prompt", "without", "with"):
-        table.add_column(column, overflow="fold", ratio=1)
+    table = WordTable("prompt", "without", "with", lines=True)
     for row in zip(prompts, before, after, strict=True):
-        table.add_row(*(Text(text) for text in row))
+        table.add_row(*row)
     terminal.out.print(table)

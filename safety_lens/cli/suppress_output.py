@@ -27,18 +27,14 @@ def show(answers: "Sequence[BeforeAfter]", found: "Suppression", as_json: bool) 
         for row in found.report:
             typer.echo(row.to_json())
         return
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+    from safety_lens.report.whole_words import WordTable
 
-    table = Table(box=box.SIMPLE_HEAD, show_lines=True)
     compared = any(a.before is not None for a in answers)
-    for column in ("prompt", *(["before"] if compared else []), "after", "tokens touched"):
-        table.add_column(column, overflow="fold")
+    table = WordTable("prompt", *(["before"] if compared else []), "after", "tokens touched", lines=True)
     for a in answers:
-        before = [Text(a.before or "")] if compared else []
+        before = [a.before or ""] if compared else []
         marks = f"{sum(a.touched)} of {len(a.touched)}"
-        table.add_row(Text(str(a.prompt)), *before, Text(a.after), marks)
+        table.add_row(str(a.prompt), *before, a.after, marks)
     terminal.out.print(table)
     terminal.out.print(found.explain, markup=False, soft_wrap=True)
     for note in found.notes:
@@ -47,19 +43,15 @@ def show(answers: "Sequence[BeforeAfter]", found: "Suppression", as_json: bool) 
 
 
 def _show_report(answers: "Sequence[BeforeAfter]", found: "Suppression") -> None:
-    from rich import box
-    from rich.table import Table
-
     from safety_lens.interventions.suppression.prompts import firing_rate
     from safety_lens.report.tables import with_interval
+    from safety_lens.report.whole_words import WordTable
 
     rate = with_interval(firing_rate(answers), 3)
     terminal.out.print(f"firing rate per token, these prompts and their answers: {rate}", markup=False)
     if not found.report:
         return
-    table = Table(title="On held-out pairs (95 % intervals, n prompts)", box=box.SIMPLE_HEAD)
-    for column in ("figure", "value", "n"):
-        table.add_column(column, overflow="fold")
+    table = WordTable("figure", "value", "n", title="On held-out pairs (95 % intervals, n prompts)")
     from safety_lens.stats import Interval
 
     for row in found.report:
@@ -93,10 +85,8 @@ def show_analysis(
         for row in result.measurements:
             typer.echo(row.to_json())
         return
-    from rich import box
-    from rich.table import Table
-
     from safety_lens.report.tables import with_interval
+    from safety_lens.report.whole_words import WordTable
     from safety_lens.stats import Interval
 
     titles = {
@@ -109,9 +99,8 @@ def show_analysis(
             list(dict.fromkeys(x)) for x in ((str(r.hook) for r in rows), (str(r.subject) for r in rows))
         )
         cells = {(str(r.hook), r.subject): Interval(r.value, r.low, r.high) for r in rows}
-        table = Table(title=title, box=box.SIMPLE_HEAD)
-        for column in ("hook", *(s.removeprefix("artifacts/").replace("~", "\n~ ") for s in subjects)):
-            table.add_column(column, overflow="fold")
+        columns = (s.removeprefix("artifacts/").replace("~", "\n~ ") for s in subjects)
+        table = WordTable("hook", *columns, title=title)
         for hook in hooks:
             short = str(hook).removeprefix("blocks.").replace("hook_", "")
             table.add_row(short, *(with_interval(cells[hook, s], 2).replace(" [", "\n[") for s in subjects))

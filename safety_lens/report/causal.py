@@ -3,19 +3,18 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from safety_lens.log import Measurement
 from safety_lens.report.tables import number, with_interval
+from safety_lens.report.whole_words import WordTable
 from safety_lens.stats import UNKNOWN, Interval
 
 if TYPE_CHECKING:
     from safety_lens.probes.selection import Choice
 
 
-def causal_table(choice: "Choice", name: str) -> Table | None:
+def causal_table(choice: "Choice", name: str) -> WordTable | None:
     """Every hook that was looked at, the causal choice and the one by separability marked; None for other selections.
 
     bypass: behaviour score of positive prompts with the direction ablated. induce: of negative prompts with it added.
@@ -25,9 +24,8 @@ def causal_table(choice: "Choice", name: str) -> Table | None:
     separable = next((r.hook for r in rows if r.metric == "chosen_by_separability"), None)
     if separable is None:
         return None
-    table = Table(title=Text(_title(rows, name)), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("hook", "AUROC", "d'", "bypass", "induce", "KL", "choice, or why not"):
-        table.add_column(column, overflow="fold")
+    columns = ("hook", "AUROC", "d'", "bypass", "induce", "KL", "choice, or why not")
+    table = WordTable(*columns, title=Text(_title(rows, name)))
     passed = any(r.metric == "causal_passed" and r.value > 0 for r in rows)
     for row in (r for r in rows if r.metric == "causal_eligible"):
         by = {"causal": choice.hook if passed else None, "AUROC and d'": separable}

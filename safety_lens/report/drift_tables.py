@@ -3,12 +3,11 @@
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from safety_lens.log import NAN, Measurement
 from safety_lens.report.tables import number, with_interval
+from safety_lens.report.whole_words import WordTable
 from safety_lens.stats import Interval
 
 Runs = Mapping[str, Sequence[Measurement]]
@@ -66,14 +65,13 @@ class Drift:
         return self.steps[-1] if self.steps else 0
 
 
-def drift_table(runs: Runs) -> Table:
+def drift_table(runs: Runs) -> WordTable:
     """One row per run and concept at the common headline hook, at the run's last step."""
     hooks = {_hook(Drift(rows).headline) for rows in runs.values()}
     title = f"Directions at {', '.join(sorted(hooks))}, last step (95 % intervals)"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("run", "step", "concept", "cosine to\nbaseline", "noise\nfloor", "cosine,\ncorrected",
-                   "AUROC, old\ndirection", "AUROC, new\ndirection"):  # fmt: skip
-        table.add_column(column, overflow="fold", min_width=_longest_word(column, runs))
+    columns = ("run", "step", "concept", "cosine to\nbaseline", "noise\nfloor", "cosine,\ncorrected",
+               "AUROC, old\ndirection", "AUROC, new\ndirection")  # fmt: skip
+    table = WordTable(*columns, title=title)
     for name, rows in runs.items():
         d = Drift(rows)
         for subject in d.subjects:
@@ -100,21 +98,15 @@ BEHAVIOUR = (
 """What the behaviour table shows: subject, metric, heading."""
 
 
-def behaviour_table(runs: Runs) -> Table:
+def behaviour_table(runs: Runs) -> WordTable:
     """One row per run: what the model does at its first and its last step."""
-    table = Table(
-        title="Behaviour (95 % intervals; log-odds and KL in nats)",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
     shown = [
         (s, m, head)
         for s, m, head in BEHAVIOUR
         if any(Drift(rows).row(s, m, Drift(rows).last) for rows in runs.values())
     ]
-    for column in ("run", "step", *(head for _, _, head in shown)):
-        table.add_column(column, overflow="fold", min_width=_longest_word(column, runs))
+    title = "Behaviour (95 % intervals; log-odds and KL in nats)"
+    table = WordTable("run", "step", *(head for _, _, head in shown), title=title)
     for name, rows in runs.items():
         d = Drift(rows)
         for step in sorted({0, d.last} & set(d.steps)):
@@ -122,18 +114,9 @@ def behaviour_table(runs: Runs) -> Table:
     return table
 
 
-WIDEST = 14
-
-
-def _longest_word(heading: str, runs: Runs) -> int:
-    """Characters below which a column would break a word of its heading, or of the runs' names under "run"."""
-    words = heading.split() + [word for name in runs for word in name.split() if heading == "run"]
-    return min(WIDEST, max(map(len, words)))
-
-
-def show_runs(runs: Runs, told: Collection[str] = ()) -> list[Table | Text]:
+def show_runs(runs: Runs, told: Collection[str] = ()) -> list[WordTable | Text]:
     """Both tables, remarks, and alarms, ready to be printed. told: runs whose alarm a reader has seen already."""
-    parts: list[Table | Text] = [drift_table(runs)]
+    parts: list[WordTable | Text] = [drift_table(runs)]
     if any(row.subject == "behaviour/harmful" for rows in runs.values() for row in rows):
         parts.append(behaviour_table(runs))
     return [*parts, *(Text(line) for line in (*remarks(runs), *alarms(runs, told)))]
@@ -148,16 +131,14 @@ AUDITS = (
 """What the audit table shows of a direction: metric, its chance level, heading."""
 
 
-def audit_table(runs: Runs) -> Table | None:
+def audit_table(runs: Runs) -> WordTable | None:
     """What the weights say by themselves about each direction at the headline hook; None without an audit."""
     if not any(r.metric == "relative_change" for rows in runs.values() for r in rows):
         return None
     hooks = {_hook(Drift(rows).headline) for rows in runs.values()}
     title = f"Audit of the weights, directions at {', '.join(sorted(hooks))} (chance: 95 % of random ones are below)"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     heads = ("run", "step", "relative\nchange", "intruders\n(random)", "concept", *(head for _, _, head in AUDITS))
-    for column in heads:
-        table.add_column(column, overflow="fold")
+    table = WordTable(*heads, title=title)
     for name, rows in runs.items():
         totals = {(r.subject, r.metric, r.hook, r.step): r.value for r in rows if r.split == "total"}
         for step in dict.fromkeys(r.step for r in rows if r.metric == "relative_change"):

@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from rich import box
-from rich.table import Table
-
 from safety_lens.log import Measurement
 from safety_lens.probes.groups import NeuronGroup
 from safety_lens.probes.sharing import Corrected, Overlap
 from safety_lens.report.tables import number, p_value, with_interval
+from safety_lens.report.whole_words import WordTable
 from safety_lens.stats import Interval
 
 Rows = Mapping[tuple[str, str], Measurement]
@@ -19,10 +17,10 @@ def by_metric(rows: Sequence[Measurement]) -> Rows:
     return {(row.subject, row.metric): row for row in rows}
 
 
-def group_table(groups: Sequence[NeuronGroup], rows: Sequence[Measurement]) -> Table:
+def group_table(groups: Sequence[NeuronGroup], rows: Sequence[Measurement]) -> WordTable:
     """Every group with its size, and how far its two halves agree: no comparison of groups can do better."""
-    table = _table("Groups. Halves: Jaccard index of the groups from each half of the examples", (
-        "group", "unit", "members", "share", "halves", "by chance"))  # fmt: skip
+    title = "Groups. Halves: Jaccard index of the groups from each half of the examples"
+    table = WordTable("group", "unit", "members", "share", "halves", "by chance", title=title)
     at = by_metric(rows)
     for group in groups:
         found = [at.get((f"halves/{group.name}", metric)) for metric in ("jaccard", "jaccard_chance")]
@@ -31,9 +29,9 @@ def group_table(groups: Sequence[NeuronGroup], rows: Sequence[Measurement]) -> T
     return table
 
 
-def overlap_table(found: Mapping[str, Overlap], title: str) -> Table:
+def overlap_table(found: Mapping[str, Overlap], title: str) -> WordTable:
     """Pairs of groups: the measures, chance in brackets, and standard deviations above chance."""
-    table = _table(title, ("groups", "members", "shared", "jaccard", "coefficient", "recall", "z"))
+    table = WordTable("groups", "members", "shared", "jaccard", "coefficient", "recall", "z", title=title)
     for name, one in found.items():
         pairs = zip(one.found, one.chance, strict=True)
         shown = [f"{number(value, 3)} ({number(chance, 3)})" for value, chance in pairs]
@@ -41,23 +39,21 @@ def overlap_table(found: Mapping[str, Overlap], title: str) -> Table:
     return table
 
 
-def corrected_table(found: Mapping[str, Corrected], measure: str) -> Table:
+def corrected_table(found: Mapping[str, Corrected], measure: str) -> WordTable:
     """Overlap before and after, between chance and the ceiling that two draws of examples give for one model."""
-    table = _table(
-        f"Overlap ({measure}). Halves: groups from different halves of the examples; normalised: 0 chance, 1 ceiling",
-        ("group", "all examples", "halves", "chance", "ceiling", "normalised"),
+    title = (
+        f"Overlap ({measure}). Halves: groups from different halves of the examples; normalised: 0 chance, 1 ceiling"
     )
+    table = WordTable("group", "all examples", "halves", "chance", "ceiling", "normalised", title=title)
     for name, one in found.items():
         table.add_row(name, *(number(v, 3) for v in (one.whole, one.found, one.chance, one.ceiling, one.normalised)))
     return table
 
 
-def effect_table(rows: Sequence[Measurement]) -> Table:
+def effect_table(rows: Sequence[Measurement]) -> WordTable:
     """What is measured with each group edited, and how much more it changed than by matched random groups."""
-    table = _table(
-        "Each group edited, on prompts that chose nothing (95 % intervals)",
-        ("measure", "before", "with the edit", "beyond random groups", "p"),
-    )
+    title = "Each group edited, on prompts that chose nothing (95 % intervals)"
+    table = WordTable("measure", "before", "with the edit", "beyond random groups", "p", title=title)
     at = by_metric(rows)
     last = None
     for row in rows:
@@ -65,7 +61,7 @@ def effect_table(rows: Sequence[Measurement]) -> Table:
             continue
         if row.subject != last:
             name = row.subject.removeprefix("group/")
-            table.add_row(f"{name}: {row.note}", style="bold", end_section=False)
+            table.add_row(f"{name}: {row.note}", style="bold")
             last = row.subject
         before = number(at[row.subject, f"{row.metric}_before"].value)
         shown = [_interval(at[row.subject, f"{row.metric}{end}"]) for end in ("", "_beyond_random")]
@@ -75,10 +71,3 @@ def effect_table(rows: Sequence[Measurement]) -> Table:
 
 def _interval(row: Measurement) -> str:
     return with_interval(Interval(row.value, row.low, row.high))
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from safety_lens.log import Measurement
 from safety_lens.report.plots import _short as short
 from safety_lens.report.tables import number, p_value, with_interval
+from safety_lens.report.whole_words import WordTable
 from safety_lens.stats import UNKNOWN, Interval
 
 
@@ -42,17 +41,15 @@ class Cells:
         return max(self.sites, key=lambda site: max(abs(self.get(site, c, "effect").value) for c in self.coeffs))
 
 
-def cell_table(rows: Sequence[Measurement], subject: str, scorer: str) -> Table:
+def cell_table(rows: Sequence[Measurement], subject: str, scorer: str) -> WordTable:
     """Every coefficient at the chosen site: effect, corrected p, controls and cost."""
     cells = Cells(rows, subject, scorer)
     site = cells.shown_site
     base = UNKNOWN if cells.baseline is None else Interval(*_numbers(cells.baseline))
     title = f"{subject} → {scorer} at {site}, test prompts; unsteered {with_interval(base)}"
-    table = Table(title=Text(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     columns = ("coeff", "effect", "p, whole\ngrid", "random directions\n(95 % of them)", "shuffled\nlabels", "broken",
                "KL, benign\n(p95)")  # fmt: skip
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    table = WordTable(*columns, title=Text(title))
     for coeff in cells.coeffs:
         mark = "→ " if cells.chosen is not None and cells.chosen.coeff == coeff and cells.chosen.hook == site else ""
         kl, tail = cells.get(site, coeff, "benign_kl").value, cells.get(site, coeff, "benign_kl_p95").value
@@ -75,13 +72,12 @@ def _numbers(row: Measurement) -> tuple[float, float, float]:
     return row.value, row.low, row.high
 
 
-def site_table(rows: Sequence[Measurement], subject: str, scorer: str) -> Table:
+def site_table(rows: Sequence[Measurement], subject: str, scorer: str) -> WordTable:
     """Every site: the slope over all coefficients, and the share of prompts that it does not hold for."""
     cells = Cells(rows, subject, scorer)
     title = f"{subject} → {scorer}: change of the score per unit of coefficient, test prompts"
-    table = Table(title=Text(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("site", "slope", "rank\ncorr.", "steerable", "anti-\nsteerable", "largest effect", "at"):
-        table.add_column(column, overflow="fold")
+    columns = ("site", "slope", "rank\ncorr.", "steerable", "anti-\nsteerable", "largest effect", "at")
+    table = WordTable(*columns, title=Text(title))
     for site in cells.sites:
         best = max(cells.coeffs, key=lambda c: abs(cells.get(site, c, "effect").value))
         table.add_row(

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
+from safety_lens.report.whole_words import WordTable
 from safety_lens.stats import Interval
 
 if TYPE_CHECKING:
@@ -32,13 +31,11 @@ def p_value(p: float) -> str:
     return "–" if p != p else f"{p:.4f}" if p >= 0.001 else f"{p:.0e}"
 
 
-def direction_table(sets: Sequence["DirectionSet"]) -> Table:
+def direction_table(sets: Sequence["DirectionSet"]) -> WordTable:
     """One row per concept and method: the chosen hook with its evidence and controls."""
     title = "Directions at the chosen hook, on held-out pairs (95 % intervals)"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     columns = ("direction", "hook", "AUROC", "p, all\nhooks", "d'", "AUROC,\nbag of words")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    table = WordTable(*columns, title=title)
     for s in sets:
         name = Text(f"{s.concept}\n{s.method}")
         if s.choice is None:
@@ -56,12 +53,11 @@ def direction_table(sets: Sequence["DirectionSet"]) -> Table:
     return table
 
 
-def hook_table(s: "DirectionSet") -> Table:
+def hook_table(s: "DirectionSet") -> WordTable:
     """Every hook of one concept and method; the chosen one is marked."""
     title = Text(f"{s.concept}/{s.method} at every hook (q95: what 95 % of shuffled fits or random directions reach)")
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("hook", "AUROC", "p, all", "d'", "halves", "shuffled\nq95", "random\nq95", "norm"):
-        table.add_column(column, overflow="fold", no_wrap=column == "hook")
+    columns = ("hook", "AUROC", "p, all", "d'", "halves", "shuffled\nq95", "random\nq95", "norm")
+    table = WordTable(*columns, title=title, unbroken=["hook"])
     for hook, e in s.evidence.items():
         mark = "→ " if s.choice is not None and s.choice.hook == hook else ""
         norm = s.directions[hook].norm if hook in s.directions else float("nan")
