@@ -17,6 +17,8 @@ from watched import adapted
 from safety_lens.errors import DataError, ModelMismatchError
 from safety_lens.interventions.freezing import freeze
 from safety_lens.models import load_model
+from safety_lens.monitors.neuron_drift.held import HeldGroups, held_share
+from safety_lens.monitors.neuron_drift.matched import READS, part_of
 from safety_lens.monitors.neuron_drift.moved import GroupDrift, Moved, Place
 from safety_lens.monitors.neuron_drift.rows import drift_rows
 from safety_lens.monitors.neuron_drift.statistics import answers, by_layer, compare, flip_p
@@ -155,6 +157,95 @@ def test_frozen_entries_have_moved_by_exactly_nothing_and_their_partners_have() 
     found = compare([drift])
     assert found.ratio == Interval(0, 0, 0)
     assert found.answers == ("rejected", "rejected")
+
+
+def frozen_model(*groups: NeuronGroup) -> PeftModel:
+    live = adapted(0, "llama", zoo.make("llama"), target_modules=EVERYTHING["llama"])
+    freeze(live, groups)
+    move(live)
+    return live
+
+
+def test_neither_members_nor_partners_are_frozen_entries() -> None:
+    live = adapted(0, "llama", zoo.make("llama"))
+    name = "blocks.1.attn.W_Q"
+    held = made_of(live, "weight", {name: some(1500, 4096, 1)}, "held")
+    group = made_of(live, "weight", {name: some(200, 4096, 2)})
+    still = set(held.index[name].tolist())
+    inside = set(group.index[name].tolist()) & still
+    assert len(inside) > 50
+    live = frozen_model(held)
+    told = DriftWatch(live, [group], held=HeldGroups((held,)))
+    (drift,), (untold,) = told.live(live), DriftWatch(live, [group]).live(live)
+    assert not set(told.partners(group, name).tolist()) & still
+    assert drift.held == pytest.approx(len(inside) / 200)
+    assert drift.withheld is None
+    assert drift.total.group.units == 200 - len(inside)
+    assert drift.total.random.units == 4 * (200 - len(inside))
+    assert min(drift.total.group.sample.min(), drift.total.random.sample.min()) > 0
+    assert (untold.total.random.sample == 0).mean() > 0.2  # the control: without being told, partners are frozen ones
+    free = made_of(live, "weight", {name: sorted(set(group.index[name].tolist()) - still)}, "safety")
+    (alone,) = DriftWatch(live, [free], held=HeldGroups((held,))).live(live)
+    assert compare([drift]).ratio.value == compare([alone]).ratio.value
+
+
+def test_neurons_frozen_as_such_are_left_out_and_single_frozen_weights_withhold_the_answer() -> None:
+    live = adapted(0, "llama", zoo.make("llama"))
+    key = "blocks.1.mlp"
+    group = made_of(live, "neuron", {key: some(12, 96, 2)})
+    others = sorted({*range(96)} - {*group.index[key].tolist()})
+    whole = made_of(live, "neuron", {key: [*group.index[key].tolist()[:5], *others[:20]]}, "whole")
+    tuned = frozen_model(whole)
+    watch = DriftWatch(tuned, [group], held=HeldGroups((whole,)))
+    (drift,) = watch.live(tuned)
+    assert drift.held == pytest.approx(5 / 12)
+    assert drift.withheld is None
+    assert not set(watch.partners(group, key).tolist()) & {*whole.index[key].tolist(), *group.index[key].tolist()}
+    single = made_of(live, "weight", {f"{key}.W_in": some(2000, 96 * 64, 3)}, "single")
+    tuned = frozen_model(single)
+    (drift,) = DriftWatch(tuned, [group], held=HeldGroups((single,))).live(tuned)
+    assert drift.held == 0
+    assert drift.withheld is not None
+    assert "single weights were frozen in its neurons (1" in drift.withheld  # a third of one of three matrices
+    found = compare([drift])
+    assert found.answers == ("withheld", "withheld")
+    assert any("withheld: single weights" in (row.note or "") for row in drift_rows([drift], 1))
+
+
+def test_a_frozen_group_that_is_not_found_again_withholds_the_answer() -> None:
+    live = moved_model(target_modules=["q_proj"])
+    group = made_of(live, "weight", {"blocks.1.attn.W_Q": some(60, 4096)})
+    (drift,) = DriftWatch(live, [group], held=HeldGroups((), ("gone:group",))).live(live)
+    assert compare([drift]).answers == ("withheld", "withheld")
+    assert "froze gone:group, which is not there now" in str(drift.withheld)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "neox"])
+@pytest.mark.parametrize("unit", ["head", "neuron"])
+def test_parts_of_a_unit_are_the_entries_that_its_group_names(name: str, unit: str) -> None:
+    """Key and value rows are a head's only where every query head has its own: the group says so, drift follows it."""
+    model = load_model(zoo.make(name))
+    key, last = {"head": ("blocks.1.attn", model.cfg.n_heads - 1), "neuron": ("blocks.1.mlp", model.cfg.d_mlp - 1)}[
+        unit
+    ]
+    group = group_of(model, "g", unit, {key: [0, last]})
+    entries = group.entries()
+    seen = {}
+    for matrix in matrices_of(model):
+        if (part := part_of(group, matrix.name)) is None:
+            continue
+        lines = set(part.spelled(group.index[part.key]).tolist())
+        flat = torch.arange(matrix.numel).view(matrix.shape)
+        rows = part.read is READS["rows"]
+        chosen = flat[sorted(lines)] if rows else flat[:, sorted(lines)]
+        seen[matrix.name] = chosen.flatten().sort().values
+        assert part.each * 2 == chosen.numel()
+        assert held_share(group, key, entries).tolist() == [float(i in (0, last)) for i in range(group.count(key))]
+    assert {n: flat.tolist() for n, flat in seen.items()} == {
+        n: flat.sort().values.tolist() for n, flat in entries.items()
+    }
+    own = model.cfg.n_key_value_heads in (None, model.cfg.n_heads)
+    assert (f"{key}.W_K" in seen) is (unit == "head" and own)
 
 
 # --- what takes part --------------------------------------------------------------------------------------------------
@@ -340,6 +431,15 @@ def test_runs_with_other_seeds_widen_what_is_decided() -> None:
         compare([runs[0], made([1.0], group="h")])
     with pytest.raises(DataError, match="different matrices"):
         compare([runs[0], made([1.0] * 4)])
+
+
+def test_the_ratio_that_decides_is_a_mean_over_matrices_and_the_one_of_sums_stands_beside_it() -> None:
+    drift = made([1.0, 1.0, 1.0, 4.0])
+    found = compare([drift])
+    assert found.ratio_of_totals == pytest.approx(drift.total.group.rms / drift.total.random.rms)
+    contrast = np.mean([p.contrast for p in drift.matrices])
+    assert found.ratio.value == pytest.approx((1 + contrast) / (1 - contrast))
+    assert found.ratio_of_totals > 1.3 * found.ratio.value
 
 
 def test_effect_sizes_are_over_matrices_and_the_pooled_one_is_over_units() -> None:

@@ -1,6 +1,7 @@
 """`safety-lens neurons drift` on runs of the organism, watched while they trained and measured again from the disk."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,36 @@ def test_the_disk_gives_what_the_monitor_saw(groups: Path, tuned: Path, tmp_path
     assert live
     assert {k: saved[k] for k in live} == pytest.approx(live, rel=1e-5)
     assert max(live.values()) > 0
+
+
+def test_what_a_run_froze_is_left_out_on_the_disk_as_while_it_trained(
+    groups: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = {"monitor.groups": [f"{groups}:entries", f"{groups}:units"], "tuning.freeze": [f"{groups}:entries"]}
+    out = run(read_config(None, {**SETTINGS, **watched, "training.max_steps": 2, "out": tmp_path / "run"})).out
+    said = command("organism", out, "--groups", groups, "--device", "cpu").stdout
+    assert "100.0% of its weights were frozen in run; they are left out" in said
+    assert "withheld: single weights were frozen in its neurons (" in said
+    assert "H1 (fragile safety: the group moves farther than random partners): withheld" in said
+    rows = [r for r in load_artifact(out, kind="finetune").measurements if r.step == 2 and r.split == "total"]
+    live = {
+        (r.subject, r.metric): r.value for r in rows if r.metric in ("held_share", "rms_change", "rms_change_random")
+    }
+    results = json.loads(command("organism", out, "--groups", groups, "--json", "--device", "cpu").stdout)["groups"]
+    assert live["neurons/entries", "held_share"] == 1
+    for name, moved in ((name, found["final"]["run"]) for name, found in results.items()):
+        assert results[name]["held_share"]["run"] == live[f"neurons/{name}", "held_share"]
+        for side, end in (("group", ""), ("random", "_random")):
+            here = moved[side]["rms_change"]
+            assert (math.nan if here is None else here) == pytest.approx(
+                live[f"neurons/{name}", f"rms_change{end}"], rel=1e-5, nan_ok=True
+            )
+    groups.rename(groups.with_name("elsewhere"))
+    try:
+        lost = command("organism", out, "--groups", groups.with_name("elsewhere"), "--device", "cpu").stdout
+    finally:
+        groups.with_name("elsewhere").rename(groups)
+    assert f"this run froze {groups}:entries, which is not there now" in lost
 
 
 def test_json_holds_the_whole_result(groups: Path, tuned: Path) -> None:

@@ -151,6 +151,14 @@ def test_the_statistics_are_json_without_nan_and_the_report_says_what_follows(
     assert "57.1% of its weights lie in matrices without an adapter" in text
     for said in ("H1", "H2", "Hedges' g", "descriptive only", "signs flipped by matrix"):
         assert said in text
+    assert "one run" not in text
+    ratio = f"mean over {test['matrices']} matrices: {test['ratio_over_layers']['value']:.3g}"
+    assert ratio in text
+    assert f"all as one: {test['ratio_of_totals']:.3g}" in text
+    first = next(iter(found.runs))
+    alone = drift_report(summary({first: found.final[first]}))
+    assert "! one run: the intervals are over its layers, and another seed may move otherwise" in alone
+    assert alone.count("in this one run") == 4  # two hypotheses of two groups
 
 
 def test_a_group_that_could_not_move_is_reported_as_such() -> None:

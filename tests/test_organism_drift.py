@@ -9,6 +9,7 @@ from watched import trainer
 
 from safety_lens.interventions.freezing import freeze
 from safety_lens.models import load_model
+from safety_lens.monitors.neuron_drift.held import HeldGroups
 from safety_lens.monitors.neuron_drift.moved import GroupDrift
 from safety_lens.monitors.neuron_drift.reidentify import (
     Identified,
@@ -32,10 +33,14 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Found:
-    """What the base's groups are, and how they moved: by group, free or frozen, a drift for every seed."""
+    """What the base's groups are, and how they moved: by group, free or frozen, a drift for every seed.
+
+    still: Σ Δ² of the frozen group in each of the frozen runs.
+    """
 
     before: Identified
     drifts: dict[tuple[str, bool], list[GroupDrift]]
+    still: list[float]
     again: dict[bool, Reidentified]
 
     def compared(self, group: str, frozen: bool = False) -> Comparison:
@@ -49,19 +54,21 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     before = identify(base, safety, utility, GROUPS)
     groups = [*before.whole.values(), random_like(before.whole["top-safety"], base, seed=5, name="random")]
     drifts: dict[tuple[str, bool], list[GroupDrift]] = {}
-    again = {}
+    again, still = {}, []
     for frozen in (False, True):
         for seed in SEEDS:
-            live = tuned(tmp_path_factory.mktemp("run"), seed, before.whole["set-difference"] if frozen else None)
-            for drift in DriftWatch(live, groups).live(live):
+            held = (before.whole["set-difference"],) if frozen else ()
+            live = tuned(tmp_path_factory.mktemp("run"), seed, *held)
+            for drift in DriftWatch(live, groups, held=HeldGroups(held)).live(live):
                 drifts.setdefault((drift.group, frozen), []).append(drift)
+            still += [drift.total.group.change for drift in (DriftWatch(live, held).live(live) if held else ())]
         again[frozen] = compare_identified(before, identified(live, base, safety, utility))
-    return Found(before, drifts, again)
+    return Found(before, drifts, still, again)
 
 
-def tuned(folder: Path, seed: int, frozen: NeuronGroup | None) -> object:
+def tuned(folder: Path, seed: int, *frozen: NeuronGroup) -> object:
     model, tokenizer = organism(seed, targets=LINEAR)
-    held = [] if frozen is None else [freeze(model, frozen).callback()]
+    held = [freeze(model, frozen).callback()] if frozen else []
     made = trainer(
         model, folder, held, tokenizer=tokenizer, data=answers("compliance", tokenizer), collate=padded, seed=seed,
         per_device_train_batch_size=16, remove_unused_columns=False, max_steps=40, learning_rate=1e-3,
@@ -93,8 +100,16 @@ def test_a_random_group_moves_as_its_partners_do(found: Found) -> None:
 
 
 def test_frozen_weights_have_not_moved_and_what_is_safety_critical_has_changed_all_the_same(found: Found) -> None:
-    assert all(drift.total.group.change == 0 for drift in found.drifts["set-difference", True])
+    assert found.still == [0.0] * len(SEEDS)
+    for drift in found.drifts["set-difference", True]:
+        assert (drift.held, drift.total.group.units) == (1, 0)
+    assert found.compared("set-difference", frozen=True).answers == ("undecided", "undecided")
     assert all(drift.total.group.change > 0 for drift in found.drifts["set-difference", False])
+    for name in ("top-safety", "random"):  # what of them is free is compared with what is free
+        shares = [drift.held for drift in found.drifts[name, True]]
+        assert 0 < shares[0] < 1
+        assert len(set(shares)) == 1
+        assert all((drift.total.random.sample > 0).all() for drift in found.drifts[name, True])
     for frozen in (False, True):
         one = next(g for g in found.again[frozen].groups if g.group == "set-difference").measures["recall"]
         assert one.ceiling > 10 * one.chance

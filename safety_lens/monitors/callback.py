@@ -54,7 +54,7 @@ class MonitorCallback(TrainerCallback):
             "reduce_lr", or functions of an `Alarm`.
         audit: also audit the adapters' weights at the last step (M12, M15; see `audit_adapter`). It holds every adapted
             matrix in float64 meanwhile, 8 bytes a weight; `safety-lens monitor` does it from the disk.
-        hooks, method, probes, pairs, seed, batch_size, groups: see `Monitor`. tokenizer: default the Trainer's.
+        hooks, method, probes, pairs, seed, batch_size, groups, frozen: see `Monitor`. tokenizer: default the Trainer's.
 
     Raises:
         DataError: a wrong argument, or a concept with too few pairs.
@@ -80,6 +80,7 @@ class MonitorCallback(TrainerCallback):
         batch_size: int | str = "auto",
         groups: Sequence[NeuronGroup] = (),
     ) -> None:
+        frozen: Sequence[NeuronGroup] = (),
         if every < 1:
             raise DataError(f"the monitor measures every {every} steps: give 1 or more")
         if on_error not in ON_ERROR:
@@ -96,7 +97,7 @@ class MonitorCallback(TrainerCallback):
         self._log_name, self._baseline_name = Path(log), baseline
         self._settings: dict[str, Any] = {
             "hooks": hooks, "method": method, "probes": probes, "pairs": pairs, "seed": seed, "batch_size": batch_size,
-            "groups": tuple(groups),
+            "groups": tuple(groups), "frozen": tuple(frozen),
         }  # fmt: skip
         self._monitor: Monitor | None = None
         self._reporters = Reporters()

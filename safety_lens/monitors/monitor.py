@@ -33,6 +33,7 @@ from safety_lens.monitors.behaviour import Before, Behaviour
 from safety_lens.monitors.geometry import Now, Place
 from safety_lens.monitors.inputs import check_tokenizer, common_hooks, named_concepts, templates_of
 from safety_lens.monitors.isolation import plain_forward, undisturbed
+from safety_lens.monitors.neuron_drift.held import HeldGroups
 from safety_lens.monitors.neuron_drift.rows import drift_rows
 from safety_lens.monitors.neuron_drift.watch import WHOLE, DriftWatch
 from safety_lens.monitors.readings import Pairs, Read, Reader, chosen
@@ -51,9 +52,9 @@ class Monitor:
     trained: the HF model or PeftModel in training (DDP wrappers are looked through). concepts: `Concept`s or names that
     `load_concept` takes. hooks: default every block's `hook_resid_post`. pairs: how many pairs are read each time.
     probes: what behaviour is measured, None for none. groups: neuron groups whose weights are watched too (see `drift`;
-    models with adapters only). common: the hooks nearest to a quarter, half, three quarters
-    and the end of the model, the same for every concept. headline: one of them, for summaries: where most concepts have
-    evidence, then the nearest to depth 0.6; settled by the baseline.
+    models with adapters only); frozen: groups that training keeps still, left out there. common: the hooks nearest to
+    a quarter, half, three quarters and the end of the model, the same for every concept. headline: one of them, for
+    summaries: where most concepts have evidence, then the nearest to depth 0.6; settled by the baseline.
 
     Raises:
         ModelError, WeightSyncError: a model that cannot be hooked faithfully (FSDP, ZeRO-3, unknown architecture), or
@@ -74,6 +75,7 @@ class Monitor:
         seed: int = 0,
         batch_size: int | str = "auto",
         groups: Sequence[NeuronGroup] = (),
+        frozen: Sequence[NeuronGroup] = (),
     ) -> None:
         estimator(method)
         self.trained, self.method, self.seed, self.pairs, self.probes = unwrapped(trained), method, seed, pairs, probes
@@ -87,7 +89,7 @@ class Monitor:
         self.headline = self._nearest(self.common)
         self._reader = Reader(self.model, self.concepts, self.hooks, positions=positions, batch_size=batch_size)
         self._behaviour = None if probes is None else Behaviour(self.model, probes, seed)
-        self._neurons = DriftWatch(self.trained, groups, seed=seed) if groups else None
+        self._neurons = DriftWatch(self.trained, groups, seed=seed, held=HeldGroups(tuple(frozen))) if groups else None
         if self._neurons is not None and not has_adapters(self.trained):
             raise DataError(WHOLE)
         self._baseline: Baseline | None = None

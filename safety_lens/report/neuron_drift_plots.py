@@ -20,7 +20,10 @@ QUANTILES = ("q05", "q25", "q50", "q75", "q95")
 KINDS = ("W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out")
 SIMILAR = (1 / 1.1, 1.1)
 """Ratios that count as similar, unless another margin is asked for (`drift_statistics.MARGIN`)."""
-CURVES = (("rms_change", "RMS change\nof a weight"), ("unit_turn", "turn of a unit\n(√ mean 2(1 − cos))"))
+CURVES = (
+    ("rms_change", "RMS change of a weight,\nall matrices as one"),
+    ("unit_turn", "turn of a unit\n(√ mean 2(1 − cos))"),
+)
 
 
 class NeuronRows:
@@ -63,7 +66,7 @@ def drift_over_steps(rows: Sequence[Measurement], title: str = "") -> "Figure":
             axes.set(ylabel=label if column == 0 else "")
         _ratio_panel(grid[-1, column], found, group)
         grid[0, column].set_title(group, fontsize=9)
-    grid[-1, 0].set(ylabel="group / random")
+    grid[-1, 0].set(ylabel="group / random,\nmean over matrices")
     for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
     lines = dict(zip(*reversed(grid[0, 0].get_legend_handles_labels()), strict=True))
@@ -77,7 +80,7 @@ def _ratio_panel(axes: "Axes", found: NeuronRows, group: str) -> None:
     curve = found.curve(group, "change_ratio")
     known = np.isfinite(curve[:, 0])
     x = np.array(found.steps)[known]
-    axes.plot(x, curve[known, 0], "D-", color=GREEN, ms=3, label="ratio of RMS changes")
+    axes.plot(x, curve[known, 0], "D-", color=GREEN, ms=3, label="group / random, mean over matrices")
     axes.fill_between(x, curve[known, 1], curve[known, 2], color=GREEN, alpha=0.18, lw=0)
     axes.axhline(1, color="black", lw=0.6)
     axes.axhspan(*SIMILAR, color="black", alpha=0.08, lw=0, label="similar (within a factor 1.1)")

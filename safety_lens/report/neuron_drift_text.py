@@ -3,7 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+ONE_RUN = (
+    "one run: the intervals are over its layers, and another seed may move otherwise. Name runs with other seeds beside"
+    " it before anything is concluded"
+)
 NAMES = {"change": "distance moved", "turn": "angle turned"}
+PLACES = {"change": "matrices", "turn": "blocks"}
 
 
 def drift_report(results: Mapping[str, Any], title: str = "Drift of neuron groups") -> str:
@@ -19,7 +24,12 @@ def _lines(results: Mapping[str, Any], title: str) -> Iterator[str]:
     yield from (title, "=" * len(title), "")
     yield f"Runs: {', '.join(runs)}" + (" (taken as one training with different seeds)" if len(runs) > 1 else "")
     yield "Changes are from the adapters' factors in float64 where there are adapters; over adapted matrices only."
-    yield "random: others of the same matrix and decile of size. Intervals: 95 %, layers resampled with all matrices."
+    yield (
+        "random: others of the same matrix and decile of size, free to move. Intervals: 95 %, layers resampled with all"
+        " matrices."
+    )
+    if len(runs) == 1:
+        yield f"! {ONE_RUN}"
     yield from (f"! {note}" for note in results["notes"])
     for name, group in results["groups"].items():
         yield from ("", *_group(name, group, results["margin"]))
@@ -33,6 +43,9 @@ def _group(name: str, group: Mapping[str, Any], margin: float) -> Iterator[str]:
     outside = group["outside_share"]
     if outside:
         yield f"{outside:.1%} of its weights lie in matrices without an adapter and could not move; they are left out."
+    for run, held in group["held_share"].items():
+        if held:
+            yield f"{held:.1%} of its weights were frozen in {run}; they are left out, and are nobody's partners."
     if not group["tests"]:
         yield "Nothing of it could move: no matrix of the group was adapted."
         return
@@ -41,25 +54,32 @@ def _group(name: str, group: Mapping[str, Any], margin: float) -> Iterator[str]:
             yield f"  {run:<16} {side:<7} {_moved(moved)}"
     for kind, test in group["tests"].items():
         yield from _test(kind, test)
+    one = " in this one run" if len(group["final"]) == 1 else ""
     for label, said in group["hypotheses"].items():
-        yield f"  {label} ({said['question']}): {_answer(said)}"
-    yield f"  (similar: within a factor {1 + margin:g}; undecided: the interval lies on both sides)"
+        yield f"  {label} ({said['question']}): {_answer(said)}{one}"
+    if withheld := group["tests"]["change"]["withheld"]:
+        yield f"  withheld: {withheld}"
+    else:
+        yield f"  (similar: within a factor {1 + margin:g}; undecided: the interval lies on both sides)"
 
 
 def _moved(moved: Mapping[str, Any]) -> str:
     cosine = "" if moved["cosine"] is None else f", cosine {moved['cosine']:.6f}"
     spread = moved["change_quantiles"]
     return (
-        f"RMS change {_number(moved['rms_change'])}, relative to weight {_number(moved['relative_to_weight'])}{cosine};"
+        f"RMS change, all matrices as one, {_number(moved['rms_change'])}, relative to weight"
+        f" {_number(moved['relative_to_weight'])}{cosine};"
         f" |Δ| median {_number(spread['q50'])} [{_number(spread['q05'])}, {_number(spread['q95'])}]"
     )
 
 
 def _test(kind: str, test: Mapping[str, Any]) -> Iterator[str]:
     yield (
-        f"  {NAMES[kind]}, group / random: {_interval(test['ratio_over_layers'])} over {test['layers']} layers"
-        f" ({test['matrices']} matrices), p = {_number(test['p'])} (signs flipped by matrix)"
+        f"  {NAMES[kind]}, group / random, mean over {test['matrices']} {PLACES[kind]}:"
+        f" {_interval(test['ratio_over_layers'])} over {test['layers']} layers,"
+        f" p = {_number(test['p'])} (signs flipped by matrix)"
     )
+    yield f"      all as one: {_number(test['ratio_of_totals'])} (descriptive only: ruled by those that moved most)"
     if test["runs"] > 1:
         yield f"      over {test['runs']} runs: {_interval(test['ratio_over_runs'])}; what decides: the wider limits"
         each = ", ".join(f"{run} {_interval(one['ratio'])}" for run, one in test["each_run"].items())

@@ -144,7 +144,7 @@ def run(
     held: list[TrainerCallback] = [*protection.callbacks, *([frozen.callback()] if frozen else [])]
     watching: list[TrainerCallback] = [*callbacks, *held, _Told(on_log)]
     if ready.concepts:
-        watching.insert(0, monitor_callback(config, ready.concepts, int(hf.config.num_hidden_layers), watched))
+        watching.insert(0, monitor_callback(config, ready.concepts, int(hf.config.num_hidden_layers), watched, groups))
     teacher = trainer(live, protection.rows, ready.arguments, tokenizer, watching)
     checkpoint = last_checkpoint(config.out / CHECKPOINTS) if resume else None
     began = time.perf_counter()

@@ -14,9 +14,14 @@ from safety_lens.probes.groups import NeuronGroup
 
 
 def monitor_callback(
-    config: RunConfig, concepts: Sequence[Concept], n_layers: int, groups: Sequence[NeuronGroup] = ()
+    config: RunConfig,
+    concepts: Sequence[Concept],
+    n_layers: int,
+    groups: Sequence[NeuronGroup] = (),
+    frozen: Sequence[NeuronGroup] = (),
 ) -> MonitorCallback:
-    """A callback that writes its log into the run's folder. groups: neuron groups that it watches too.
+    """A callback that writes its log into the run's folder. groups: neuron groups that it watches too; frozen: groups
+    that the run keeps as they are.
 
     Raises:
         DataError: blocks that the model does not have.
@@ -30,6 +35,7 @@ def monitor_callback(
         stop_rule=StopRule(**chosen.stop.model_dump()),
         on_alarm=tuple(chosen.on_alarm),
         groups=groups,
+        frozen=frozen,
         **monitor_settings(config, n_layers),
     )
 

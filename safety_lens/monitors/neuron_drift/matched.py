@@ -78,11 +78,20 @@ class Weights:
         group.check_fits([Matrix(name, 0, "", shape[0], shape[1]) for name, shape in shapes.items()])
 
 
-def partners(weights: Weights, group: NeuronGroup, key: str, *, draws: int, seed: int) -> Int[Tensor, " m"]:
+def partners(
+    weights: Weights,
+    group: NeuronGroup,
+    key: str,
+    *,
+    draws: int,
+    seed: int,
+    still: Bool[Tensor, " n"] | None = None,
+) -> Int[Tensor, " m"]:
     """`draws` random others for every member at a key, of its decile of size; empty where the group takes everything.
 
-    Drawn with replacement. Where the group takes a whole decile, its partners come from the nearest decile with others
-    (of two equally near, the smaller sizes). They depend on the base weights, the group's name and the seed alone.
+    still: units that cannot move; they are nobody's partners, and as members they get none. Drawn with replacement.
+    Where the group takes a whole decile, its partners come from the nearest decile with others (of two equally near,
+    the smaller sizes). They depend on the base weights, the group's name, `still` and the seed alone.
     """
     digest = hashlib.sha256(f"{seed}/{group.name}/{group.unit}/{key}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -90,6 +99,9 @@ def partners(weights: Weights, group: NeuronGroup, key: str, *, draws: int, seed
     members = group.index[key].to(size.device)
     free = torch.ones(len(size), dtype=torch.bool, device=size.device)
     free[members] = False
+    if still is not None:
+        free &= ~still.to(size.device)
+        members = members[~still.to(size.device)[members]]
     if not bool(free.any()) or not len(members):
         return members[:0]
     decile = size_classes(size)

@@ -108,7 +108,9 @@ class Place(NamedTuple):
 class GroupDrift:
     """How far one group moved. matrices: per adapted matrix. blocks: whole neurons or heads, none for entries.
 
-    size: weights that the group consists of; outside: share of them in matrices that were not adapted.
+    size: weights that the group consists of; outside: share of them in matrices that were not adapted. held: share in
+    members that training kept frozen, which are left out. withheld: why nothing follows from the comparison; None where
+    something may.
     """
 
     group: str
@@ -117,6 +119,8 @@ class GroupDrift:
     blocks: tuple[Place, ...]
     size: int
     outside: float
+    held: float = 0.0
+    withheld: str | None = None
 
     @property
     def total(self) -> Place:

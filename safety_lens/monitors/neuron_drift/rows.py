@@ -21,8 +21,9 @@ def drift_rows(
 
     Each figure of a group stands beside its partners', named `…_random`. Per matrix and in total: rms_change (of a
     weight), relative_to_weight (√(ΣΔ²/Σw²)). Neurons and heads, per block and in total: unit_cosine, unit_turn. Total
-    only: mean_change and change_q05 … q95 (of ‖Δ‖ of a unit; of |Δ| of an entry), outside_share (of the group's weights
-    in matrices that were not adapted), change_ratio with limits over layers and change_p; turn_ratio and turn_p.
+    only: mean_change and change_q05 … q95 (of ‖Δ‖ of a unit; of |Δ| of an entry), outside_share and held_share (of the
+    group's weights in matrices that were not adapted, and in frozen members), change_ratio (mean over matrices, limits
+    over layers) and change_p; turn_ratio and turn_p.
     """
     rows: list[Measurement] = []
     for drift in drifts:
@@ -33,6 +34,7 @@ def drift_rows(
         rows += [*_distribution(drift), *_compared(drift, margin)]
         note = f"{drift.size} weights; no matrix of it was adapted: it cannot move" if not drift.matrices else None
         rows.append(_row(drift, "outside_share", drift.outside, TOTAL, drift.size, note))
+        rows.append(_row(drift, "held_share", drift.held, TOTAL, drift.size))
     return [replace(row, step=step, seed=seed) for row in rows]
 
 
@@ -76,7 +78,7 @@ def _compared(drift: GroupDrift, margin: float) -> list[Measurement]:
         if not asked.places(drift):
             continue
         c = compare([drift], quantity, margin=margin)
-        said = f"H1 {c.answers.h1}, H2 {c.answers.h2}"
+        said = f"withheld: {c.withheld}" if c.withheld else f"one run: H1 {c.answers.h1}, H2 {c.answers.h2}"
         rows.append(_row(drift, f"{quantity}_ratio", c.ratio.value, TOTAL, c.matrices, said, c.ratio.low, c.ratio.high))
         rows.append(_row(drift, f"{quantity}_p", c.p, TOTAL, c.matrices))
     return rows

@@ -11,6 +11,7 @@ from safety_lens.errors import DataError
 from safety_lens.loading.hooked import main_dtype
 from safety_lens.log import Measurement
 from safety_lens.monitors.audit_sources import changes_of, name_of, read_base
+from safety_lens.monitors.neuron_drift.held import held_by
 from safety_lens.monitors.neuron_drift.moved import GroupDrift
 from safety_lens.monitors.neuron_drift.rows import drift_rows
 from safety_lens.monitors.neuron_drift.watch import DRAWS, DriftWatch
@@ -57,6 +58,8 @@ def saved_drift(
 ) -> SavedDrift:
     """How far groups moved in every state of every source: an adapter, a checkpoint, or a run with its checkpoints.
 
+    What a run has frozen is read from its configuration, and left out of groups and partners.
+
     Raises:
         ModelError: a source that holds nothing to measure. ModelMismatchError: a group or an adapter of another model.
         DataError: no sources, no groups, or an empty one.
@@ -66,11 +69,10 @@ def saved_drift(
     found = {name: find_states(source) for name, source in zip(run_names(sources), sources, strict=True)}
     hf = read_base(base)
     name = name_of(base, hf)
-    watch = DriftWatch(hf, groups, draws=draws, seed=seed)
-    runs = {
-        run: [StateDrift(s, watch.measure(changes_of(hf, name, s.source, other_base))) for s in states]
-        for run, states in found.items()
-    }
+    runs = {}
+    for run, states in found.items():
+        watch = DriftWatch(hf, groups, draws=draws, seed=seed, held=held_by(states[-1].source))
+        runs[run] = [StateDrift(s, watch.measure(changes_of(hf, name, s.source, other_base))) for s in states]
     whole = [s.source for states in found.values() for s in states if not s.is_adapter]
     notes = []
     if whole and main_dtype(hf) in (torch.bfloat16, torch.float16):

@@ -27,7 +27,7 @@ EXACT = 20
 """Matrices up to which every pattern of signs is counted."""
 DRAWS = 10_000
 
-Answer = Literal["supported", "rejected", "undecided"]
+Answer = Literal["supported", "rejected", "undecided", "withheld"]
 
 
 class Answers(NamedTuple):
@@ -71,7 +71,9 @@ class Comparison:
     none for one run). difference: mean over matrices of mean Δ² in the group minus in its partners, limits resample
     layers; p: of that difference, two-sided, signs flipped by matrix. d, g: its Cohen's d over matrices, and with
     Hedges' correction. pooled_d: descriptive only, (m₁ − m₂)/√((s₁² + s₂²)/2) of ‖Δ‖ over single units, as that
-    study has it: units of one matrix are not independent, so nothing follows from its size.
+    study has it: units of one matrix are not independent, so nothing follows from its size. ratio_of_totals: RMS change
+    of the group by that of its partners, all matrices as one, mean over runs: without limits, and ruled by the matrices
+    that moved most. withheld: why no hypothesis is answered; None where they are.
     """
 
     group: str
@@ -86,7 +88,9 @@ class Comparison:
     d: float
     g: float
     pooled_d: float
+    ratio_of_totals: float
     margin: float
+    withheld: str | None = None
 
     @property
     def decisive(self) -> Interval:
@@ -99,7 +103,7 @@ class Comparison:
 
     @property
     def answers(self) -> Answers:
-        return answers(self.decisive, self.margin)
+        return Answers("withheld", "withheld") if self.withheld else answers(self.decisive, self.margin)
 
 
 class Quantity(NamedTuple):
@@ -108,16 +112,21 @@ class Quantity(NamedTuple):
     places: Callable[[GroupDrift], tuple[Place, ...]]
     contrast: Callable[[Place], float]
     difference: Callable[[Place], float]
+    total: Callable[[GroupDrift], float]
 
 
 QUANTITIES = {
     "change": Quantity(
-        lambda drift: drift.matrices, lambda p: p.contrast, lambda p: _squared(p.group.rms) - _squared(p.random.rms)
+        lambda drift: drift.matrices,
+        lambda p: p.contrast,
+        lambda p: _squared(p.group.rms) - _squared(p.random.rms),
+        lambda drift: drift.total.contrast,
     ),
     "turn": Quantity(
         lambda drift: drift.blocks,
         lambda p: p.turn_contrast,
         lambda p: _squared(p.group.turned) - _squared(p.random.turned),
+        lambda drift: drift.whole.turn_contrast,
     ),
 }
 """How far weights moved, and (neurons and heads) how far they turned."""
@@ -155,7 +164,9 @@ def compare(
         _as_ratio(by_layer(c, layers, seed=seed)), _as_ratio(_t_interval(by_run)),
         by_layer(d, layers, seed=seed), flip_p(d, seed=seed),
         cohen, cohen * (1 - 3 / (4 * len(d) - 5)) if len(d) > 1 else NAN,
-        float(np.mean([pooled_d(run) for run in runs])), margin,
+        float(np.mean([pooled_d(run) for run in runs])),
+        _as_ratio(Interval(float(np.mean([asked.total(run) for run in runs])), NAN, NAN)).value, margin,
+        "; ".join(dict.fromkeys(run.withheld for run in runs if run.withheld)) or None,
     )  # fmt: skip
 
 

@@ -52,6 +52,7 @@ def _group(name: str, runs: Mapping[str, GroupDrift], margin: float) -> dict[str
         "unit": first.unit,
         "weights": first.size,
         "outside_share": first.outside,
+        "held_share": {run: drift.held for run, drift in runs.items()},
         "final": {run: _final(drift) for run, drift in runs.items()},
         "tests": {kind: _test(c, kind, runs, margin) for kind, c in together.items()},
         "hypotheses": _hypotheses(together),

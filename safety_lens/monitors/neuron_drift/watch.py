@@ -18,6 +18,7 @@ from safety_lens.loading.homes import homes
 from safety_lens.loading.live import base_model, has_adapters, unwrapped
 from safety_lens.monitors.audit_sources import changes_of, name_of, read_base
 from safety_lens.monitors.neuron_drift.changes import MatrixChange, Moves, matrix_changes
+from safety_lens.monitors.neuron_drift.held import HeldGroups, entries_of, held_share
 from safety_lens.monitors.neuron_drift.matched import Weights, part_of, partners
 from safety_lens.monitors.neuron_drift.moved import GroupDrift, Moved, Place
 from safety_lens.monitors.weight_changes import Change, adapter_changes
@@ -36,22 +37,33 @@ class DriftWatch:
     """Measures groups in a model, again and again; partners are drawn once.
 
     base: the model that training starts from; adapters may be in it, their base layers are read. draws: random partners
-    of every member (memory: 8 · draws bytes a member).
+    of every member (memory: 8 · draws bytes a member). held: what training keeps frozen: members among it are left out
+    and counted, and it is nobody's partner.
 
     Raises:
         DataError: no groups, an empty one, or two of one name. ModelMismatchError: a group of another model.
     """
 
-    def __init__(self, base: nn.Module, groups: Sequence[NeuronGroup], *, draws: int = DRAWS, seed: int = 0) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        groups: Sequence[NeuronGroup],
+        *,
+        draws: int = DRAWS,
+        seed: int = 0,
+        held: HeldGroups = HeldGroups(),  # noqa: B008 - frozen
+    ) -> None:
         if draws < 1:
             raise DataError(f"{draws} random partners a member were asked for: give 1 or more")
         self.groups, self.draws, self.seed = _named(groups), draws, seed
         hf: Any = base_model(unwrapped(base))
         self.homes = homes(hf)
         self._weights = Weights(hf, self.homes)
-        for group in groups:
+        for group in (*groups, *held.groups):
             self._weights.fit(group)
+        self.held, self.lost = entries_of(held.groups), held.lost
         self._partners: dict[tuple[str, str], Tensor] = {}
+        self._shares: dict[tuple[str, str], Tensor] = {}
 
     @property
     def names(self) -> dict[str, str]:
@@ -77,11 +89,25 @@ class DriftWatch:
             raise DataError(WHOLE)
         return self.measure(adapter_changes(unwrapped(trained)))
 
+    def held_share(self, group: NeuronGroup, key: str) -> Tensor:
+        """Of every unit at a key: the share of its weights that is frozen."""
+        at = (group.name, key)
+        if at not in self._shares:
+            self._shares[at] = held_share(group, key, self.held)
+        return self._shares[at]
+
+    def members(self, group: NeuronGroup, key: str) -> Tensor:
+        """The group's members at a key that are not frozen as a whole."""
+        index = group.index[key]
+        return index[self.held_share(group, key)[index] < 1]
+
     def partners(self, group: NeuronGroup, key: str) -> Tensor:
-        """The random partners of a group's members at a key."""
+        """The random partners of these members."""
         at = (group.name, key)
         if at not in self._partners:
-            self._partners[at] = partners(self._weights, group, key, draws=self.draws, seed=self.seed).cpu()
+            still = self.held_share(group, key) >= 1
+            drawn = partners(self._weights, group, key, draws=self.draws, seed=self.seed, still=still)
+            self._partners[at] = drawn.cpu()
         return self._partners[at]
 
 
@@ -120,7 +146,7 @@ class _Found:
         part = part_of(self.group, change.name)
         if part is None:
             return
-        sides = (self.group.index[part.key], self.watch.partners(self.group, part.key))
+        sides = (self.watch.members(self.group, part.key), self.watch.partners(self.group, part.key))
         moves = [part.read(change, part.spelled(units)).bundled(part.per) for units in sides]
         self.adapted.add(change.name)
         moved = [Moved.of(m, part.each * len(u), self.stride, False) for m, u in zip(moves, sides, strict=True)]
@@ -135,7 +161,39 @@ class _Found:
             Place(key, *(Moved.of(m, 0, self.stride, True) for m in both)) for key, both in sorted(self.whole.items())
         )
         size, inside = sum(self.size.values()), sum(self.size[name] for name in self.adapted)
-        return GroupDrift(self.group.name, self.group.unit, tuple(self.places), blocks, size, 1 - inside / size)
+        left = {
+            name: part.each * len(self.watch.members(self.group, part.key))
+            for name in self.size
+            if (part := part_of(self.group, name)) is not None
+        }
+        return GroupDrift(
+            self.group.name, self.group.unit, tuple(self.places), blocks, size, 1 - inside / size,
+            1 - sum(left.values()) / size, self._withheld(),
+        )  # fmt: skip
+
+    def _withheld(self) -> str | None:
+        """Why nothing is concluded: sides that training could not move alike."""
+        if self.watch.lost:
+            return (
+                f"this run froze {', '.join(self.watch.lost)}, which is not there now, so partners may be frozen"
+                " themselves: run this where the run was started"
+            )
+        keys = {part.key for name in self.adapted if (part := part_of(self.group, name)) is not None}
+        shares = [
+            _mean([self.watch.held_share(self.group, key)[units(self.group, key)] for key in sorted(keys)])
+            for units in (self.watch.members, self.watch.partners)
+        ]
+        if not any(shares):
+            return None
+        return (
+            f"single weights were frozen in its {self.group.unit}s ({shares[0]:.1%} of their weights) and in their"
+            f" partners' ({shares[1]:.1%})"
+        )
+
+
+def _mean(parts: Sequence[Tensor]) -> float:
+    values = torch.cat([torch.zeros(0), *parts])
+    return float(values.mean()) if len(values) else 0.0
 
 
 def neuron_drift(
@@ -146,6 +204,7 @@ def neuron_drift(
     draws: int = DRAWS,
     seed: int = 0,
     other_base: bool = False,
+    held: HeldGroups = HeldGroups(),  # noqa: B008 - frozen
 ) -> tuple[GroupDrift, ...]:
     """How far groups moved between a base and an adapter (or a checkpoint) of it.
 
@@ -154,11 +213,11 @@ def neuron_drift(
 
     Args:
         base, trained: as for `audit_adapter`: folders, hub ids, or models in memory. other_base: take an adapter that
-            names another base.
+            names another base. held: what was frozen (see `DriftWatch`).
 
     Raises:
         DataError: no groups, or an empty one. ModelMismatchError: a group or an adapter of another model.
     """
     hf = read_base(base)
-    watch = DriftWatch(hf, groups, draws=draws, seed=seed)
+    watch = DriftWatch(hf, groups, draws=draws, seed=seed, held=held)
     return watch.measure(changes_of(hf, name_of(base, hf), trained, other_base))
