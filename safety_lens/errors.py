@@ -6,7 +6,8 @@ SafetyLensError
 ├── HookNameError(KeyError)       names the nearest existing hook and the model's layer count
 ├── ArtifactError(ValueError)     missing file, wrong kind, unknown schema, damaged content
 │   └── ModelMismatchError        a direction from another model or of another width
-└── WeightSyncError(RuntimeError) fold or load parity above tolerance; prints gap and tolerance
+├── WeightSyncError(RuntimeError) fold or load parity above tolerance; prints gap and tolerance
+└── OtherProcessError(RuntimeError) another process of a distributed run failed, and says why
 
 A message says what was asked, what was found and what to do. The command line prints it, without a traceback,
 and exits 2.
@@ -42,3 +43,7 @@ class ModelMismatchError(ArtifactError):
 
 class WeightSyncError(SafetyLensError, RuntimeError):
     """The hooked model does not reproduce the model it was made from."""
+
+
+class OtherProcessError(SafetyLensError, RuntimeError):
+    """Another process of a distributed run failed; that one says why, so this one need not."""

@@ -93,8 +93,9 @@ def test_replaying_a_log_restores_the_rule() -> None:
 @pytest.mark.parametrize("name", ["log_odds", "rate", "delta"])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
 def test_limits_that_are_not_positive_are_refused(name: str, value: float) -> None:
+    limits: dict[str, Any] = {name: value}
     with pytest.raises(DataError, match=name):
-        StopRule(**{name: value})  # type: ignore[arg-type]
+        StopRule(**limits)
     with pytest.raises(DataError, match="faster"):
         StopRule(faster=0)
 

@@ -334,7 +334,7 @@ class Falls(MonitorCallback):
                 Measurement("behaviour/harmful", "refusal_log_odds_change", low, low, low, step=step),
             ]
 
-        self._monitor.measure = falling  # type: ignore[method-assign]
+        vars(self._monitor)["measure"] = falling
         return verdict
 
 

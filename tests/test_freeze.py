@@ -13,6 +13,7 @@ import torch
 import zoo
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from synthetic_groups import save_organism_groups
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 from typer.testing import CliRunner
@@ -36,7 +37,7 @@ from safety_lens.monitors.finetune.config import RunConfig, read_config
 from safety_lens.monitors.finetune.freezing import freeze_named
 from safety_lens.monitors.finetune.run import run
 from safety_lens.organism import MODEL_DIR
-from safety_lens.probes.groups import NeuronGroup, group_of, load_groups, save_groups
+from safety_lens.probes.groups import NeuronGroup, group_of, load_groups
 from safety_lens.probes.matrices import matrices_of, weight_of
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -536,18 +537,7 @@ def test_masks_that_do_not_belong_to_the_adapter_beside_them_are_refused(fault: 
 
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two groups of the organism: scattered entries of the matrices that the runs adapt, and neurons."""
-    model = load_model("organism", check=False)
-    generator = torch.Generator().manual_seed(0)
-    index = {
-        m.name: torch.randperm(m.numel, generator=generator)[: m.numel // 50]
-        for m in matrices_of(model, ["W_Q", "W_V"])
-    }
-    made = [
-        group_of(model, "entries", "weight", index),
-        group_of(model, "units", "neuron", {"blocks.2.mlp": [1, 2], "blocks.5.mlp": [40]}),
-    ]
-    return save_groups(tmp_path_factory.mktemp("groups") / "g", made, model)
+    return save_organism_groups(tmp_path_factory.mktemp("groups") / "g")
 
 
 def adapted_organism() -> PeftModel:

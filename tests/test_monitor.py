@@ -119,8 +119,9 @@ def test_weights_gradients_modes_and_hooks_of_the_trained_model_are_untouched() 
     assert torch.equal(torch.get_rng_state(), stream)
     for name, p in model.named_parameters():
         assert torch.equal(p, state[name]), name
-        assert (p.grad is None) == (grads[name] is None)
-        assert p.grad is None or torch.equal(p.grad, grads[name])  # type: ignore[arg-type]
+        before = grads[name]
+        assert (p.grad is None) == (before is None)
+        assert p.grad is None or before is None or torch.equal(p.grad, before)
 
 
 def test_measuring_twice_gives_the_same_numbers() -> None:
@@ -230,8 +231,9 @@ def test_a_model_that_does_not_refuse_has_unknown_log_odds_and_the_reason() -> N
 @pytest.fixture(scope="module")
 def fallen(tmp_path_factory: pytest.TempPathFactory) -> tuple[MonitorCallback, Any]:
     """The organism made to comply: it refuses before, and not after."""
-    often = {"every": 20, "stop_rule": StopRule(faster=1)}
-    callback = MonitorCallback(["refusal"], probes=Probes(n=16, facts=8), pairs=Pairs(16, 12), **often)  # type: ignore[arg-type]
+    callback = MonitorCallback(
+        ["refusal"], every=20, stop_rule=StopRule(faster=1), probes=Probes(n=16, facts=8), pairs=Pairs(16, 12)
+    )
     run = organism_trainer(
         "compliance", tmp_path_factory.mktemp("fallen"), [callback], max_steps=40, learning_rate=1e-3
     )
@@ -263,7 +265,8 @@ def test_the_rate_of_a_measurement_is_that_of_answers_written_anew(fallen: tuple
     callback, run = fallen
     model, tokenizer = run.model, run.processing_class
     watching = Monitor(model, ["refusal"], tokenizer=tokenizer, probes=Probes(n=16, facts=8), pairs=Pairs(16, 12))
-    asked = watching._behaviour.asked["harmful"].prompts  # type: ignore[union-attr]
+    assert watching._behaviour is not None
+    asked = watching._behaviour.asked["harmful"].prompts
     said = generate(load_model(model, tokenizer=tokenizer), asked, max_new_tokens=12)
     scores = SubstringRefusal()([Completion("", row.text, row.tokens) for row in said])
     assert callback.log is not None

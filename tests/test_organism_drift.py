@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 from organism_runs import answers, organism, padded
+from peft import PeftModel
+from transformer_lens import HookedTransformer
 from watched import trainer
 
 from safety_lens.interventions.freezing import freeze
@@ -66,7 +68,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return Found(before, drifts, still, again)
 
 
-def tuned(folder: Path, seed: int, *frozen: NeuronGroup) -> object:
+def tuned(folder: Path, seed: int, *frozen: NeuronGroup) -> PeftModel:
     model, tokenizer = organism(seed, targets=LINEAR)
     held = [freeze(model, frozen).callback()] if frozen else []
     made = trainer(
@@ -77,8 +79,8 @@ def tuned(folder: Path, seed: int, *frozen: NeuronGroup) -> object:
     return model
 
 
-def identified(live: object, base: object, safety: ExampleSet, utility: ExampleSet) -> Identified:
-    return identify(load_model(live, tokenizer=base.tokenizer), safety, utility, GROUPS)  # type: ignore[arg-type,attr-defined]
+def identified(live: PeftModel, base: HookedTransformer, safety: ExampleSet, utility: ExampleSet) -> Identified:
+    return identify(load_model(live, tokenizer=base.tokenizer), safety, utility, GROUPS)
 
 
 def test_hypotheses_are_answered_with_intervals_over_three_seeds(found: Found) -> None:

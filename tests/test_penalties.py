@@ -240,6 +240,15 @@ def test_every_safety_example_is_drawn_once_a_round_by_its_seed() -> None:
         assert len({*first, *second}) == 4
 
 
+def test_a_run_that_goes_on_draws_what_it_would_have_drawn() -> None:
+    model, rows = adapted(), examples(5)
+    lived, resumed = (KlPenalty(model, rows, batch_size=2, seed=3) for _ in range(2))
+    drawn = [next(lived._drawn) for _ in range(9)]
+    resumed.seek(5)
+    assert [next(resumed._drawn) for _ in range(4)] == drawn[5:]
+    assert drawn[5:] != drawn[:4]
+
+
 # --- AlignGuard -------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from safety_lens.cli import demo, doctor, extract, finetune, monitor, neurons, pairs, report, risk, steer, suppress
-from safety_lens.errors import SafetyLensError
+from safety_lens.cli.terminal import PROCESS
+from safety_lens.errors import OtherProcessError, SafetyLensError
 
 app = typer.Typer(
     name="safety-lens",
@@ -55,10 +56,12 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers would warn on every run
     try:
         app()
+    except OtherProcessError:
+        sys.exit(2)  # that process says why
     except SafetyLensError as error:
         if "--debug" in sys.argv:
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error{f' in process {PROCESS}' if PROCESS else ''}: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing unfinished was left behind", err=True)

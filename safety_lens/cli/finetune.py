@@ -188,6 +188,8 @@ def _train(config: "RunConfig", resume: bool, overwrite: bool, as_json: bool) ->
         on_group=lambda line: terminal.err.print(line, markup=False, soft_wrap=True),
         on_note=lambda note: terminal.err.print(f"! {note}", markup=False, soft_wrap=True),
     )
+    if not result.first:
+        return  # under torchrun the first process reports
     if as_json:
         for row in result.measurements:
             typer.echo(row.to_json())

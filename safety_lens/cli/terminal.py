@@ -1,6 +1,7 @@
 """What verbs print with: tables on stdout, progress and remarks on stderr."""
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,8 +9,10 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+PROCESS = int(os.environ.get("RANK", "0"))
+"""The number of this process under torchrun or `accelerate launch`; the first, 0, speaks for all."""
+out = Console(highlight=False, quiet=PROCESS > 0)
+err = Console(stderr=True, highlight=False, quiet=PROCESS > 0)
 
 
 def quiet_libraries() -> None:

@@ -56,6 +56,9 @@ def audit_adapter(
     normalise what they write.
     intruders (M15): see intruders.count_intruders. delta_norm: ‖ΔW‖; relative_change: ‖ΔW‖/‖W‖. Subject "run".
 
+    Memory beside the models: the factors of plain LoRA in float64, and a few copies of one matrix at a time; for every
+    other adapter and for whole checkpoints 8 bytes for each weight of the matrices that changed.
+
     Args:
         base: the model that was trained: folder, hub id, "organism", or a Hugging Face model in memory.
         adapter: adapter folder, folder of a checkpoint, hub id, or a model in memory (with adapters, or whole).

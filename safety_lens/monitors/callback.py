@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from safety_lens.data import Concept
-from safety_lens.errors import DataError, SafetyLensError
+from safety_lens.errors import DataError, OtherProcessError, SafetyLensError
 from safety_lens.log import Measurement
 from safety_lens.monitors.actions import Action, Alarm, actions_named
 from safety_lens.monitors.alarm import Level, StopRule, Verdict
@@ -23,6 +23,7 @@ from safety_lens.monitors.drift_log import DriftLog
 from safety_lens.monitors.inputs import named_concepts
 from safety_lens.monitors.isolation import undisturbed
 from safety_lens.monitors.monitor import Monitor
+from safety_lens.monitors.processes import several_processes
 from safety_lens.monitors.readings import Pairs
 from safety_lens.monitors.reporters import Reporters, figures
 from safety_lens.probes.estimators import estimator
@@ -52,8 +53,8 @@ class MonitorCallback(TrainerCallback):
             model and its random streams as they were. Mistakes in these arguments are raised in any case.
         stop_rule: when to raise an alarm. on_alarm: what it does, once, when it begins: "log", "checkpoint", "stop",
             "reduce_lr", or functions of an `Alarm`.
-        audit: also audit the adapters' weights at the last step (M12, M15; see `audit_adapter`). It holds every adapted
-            matrix in float64 meanwhile, 8 bytes a weight; `safety-lens monitor` does it from the disk.
+        audit: also audit the adapters' weights at the last step (M12, M15; see `audit_adapter`, also for its memory);
+            `safety-lens monitor` does it from the disk.
         hooks, method, probes, pairs, seed, batch_size, groups, frozen: see `Monitor`. tokenizer: default the Trainer's.
 
     Raises:
@@ -79,8 +80,8 @@ class MonitorCallback(TrainerCallback):
         seed: int = 0,
         batch_size: int | str = "auto",
         groups: Sequence[NeuronGroup] = (),
-    ) -> None:
         frozen: Sequence[NeuronGroup] = (),
+    ) -> None:
         if every < 1:
             raise DataError(f"the monitor measures every {every} steps: give 1 or more")
         if on_error not in ON_ERROR:
@@ -147,7 +148,7 @@ class MonitorCallback(TrainerCallback):
         with undisturbed():  # all of it, reporters included
             outcome = self._shared(self._attempt(work, state) if state.is_world_process_zero else _Outcome())
         if outcome.error is not None and not self.warns:
-            raise SafetyLensError(f"the monitor of another process failed: {outcome.error}")
+            raise OtherProcessError(f"the monitor of another process failed: {outcome.error}")
         if outcome.verdict is None:
             return
         begins = outcome.verdict.level is Level.ALARM and not self._alarmed
@@ -163,9 +164,11 @@ class MonitorCallback(TrainerCallback):
     def _attempt(self, work: Callable[[], Verdict], state: TrainerState) -> _Outcome:
         try:
             return _Outcome(work())
-        except Exception as error:  # the boundary to somebody else's run: nothing measured may end it under "warn"
+        # The one boundary to somebody else's run, as on_error documents it: whatever a measurement meets (a model's own
+        # code, memory, the disk), "warn" notes it in the log and the run goes on, and "raise" raises it as it is.
+        except Exception as error:
             if not self.warns:
-                if _distributed():
+                if several_processes():
                     self._shared(_Outcome(error=f"{type(error).__name__}: {error}"))
                 raise
             LOG.warning("the monitor failed at step %d and training goes on: %s", state.global_step, error)
@@ -182,7 +185,7 @@ class MonitorCallback(TrainerCallback):
             LOG.warning("and it could not be noted in the log: %s", second)
 
     def _shared(self, outcome: _Outcome) -> _Outcome:
-        if not _distributed():
+        if not several_processes():
             return outcome
         box = [outcome]
         dist.broadcast_object_list(box, src=0)
@@ -249,7 +252,3 @@ class MonitorCallback(TrainerCallback):
     ) -> None:
         headline = self._monitor.headline if self._monitor else ""
         self._reporters.send(args, state, control, figures(rows, headline), parts.get("model"))
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

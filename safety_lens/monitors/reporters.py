@@ -4,11 +4,13 @@ A callback cannot reach the Trainer that calls it, so the integrations are made 
 same run (W&B) or the same folder (TensorBoard), as if the Trainer had logged the figures itself.
 """
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from safety_lens.log import Measurement
 
@@ -55,6 +57,8 @@ class Reporters:
         if self._made is None:
             self._made = [kind() for kind in get_reporting_integration_callbacks(args.report_to)]
             for reporter in self._made:
+                if isinstance(reporter, TensorBoardCallback) and reporter.logging_dir is None:
+                    reporter.logging_dir = _events_folder(args)
                 reporter.on_train_begin(args, state, control, model=model)
         for reporter in self._made:
             reporter.on_log(args, state, control, model=model, logs=dict(figures))
@@ -66,3 +70,14 @@ class Reporters:
             if writer is not None:
                 writer.close()
         self._made = None
+
+
+def _events_folder(args: TrainingArguments) -> str | None:
+    """Where the Trainer's own writer began to write; None where it did not.
+
+    Left alone, a second writer takes a folder named after a later second, and TensorBoard shows two runs. Files of
+    events carry the number of the process that writes them.
+    """
+    begun = Path(args.output_dir, "runs").glob(f"*/events.out.tfevents.*.{os.getpid()}.*")
+    newest = max(begun, key=lambda file: file.stat().st_mtime_ns, default=None)
+    return None if newest is None else str(newest.parent)

@@ -35,9 +35,10 @@ LAST = 10**6
 class Change:
     """ΔW = up @ down [d_out, d_in] in float64 of one matrix (down None: up is ΔW itself), and the matrix before it.
 
-    weight: before training, in the dtype it has. block: −1 for embeddings, LAST for the head. writes: whether its
-    output is added to the residual stream (else it reads from it). norm: the norm between it and the residual stream,
-    None where there is none. offset: whether that norm's gain is 1 + weight.
+    weight: before training, in the dtype it has and as the model holds it (a copy only where it is quantised). block:
+    −1 for embeddings, LAST for the head. writes: whether its output is added to the residual stream (else it reads from
+    it). norm: the norm between it and the residual stream, None where there is none. offset: whether the gain of that
+    norm is 1 + weight.
     """
 
     name: str
@@ -121,17 +122,18 @@ def checkpoint_changes(base: PreTrainedModel, tuned: PreTrainedModel) -> Iterato
         place = _place(base, name)
         if place is None or not key.endswith(".weight"):
             continue
-        old, new = (_upright(base, name, p.detach().double()) for p in (parameter, after[key]))
-        if not torch.equal(old, new):
-            yield _change(base, name, place, new - old, None, old)
+        old, new = (_upright(base, name, p.detach()) for p in (parameter, after[key]))
+        change = new.double() - old.double()
+        if change.any():
+            yield _change(base, name, place, change, None, old)
 
 
 def _adapted(base: PreTrainedModel, name: str, module: Any, place: tuple[int, bool]) -> Change:
     if isinstance(module, ModulesToSaveWrapper):
         replaced: Any = saved_module(module)
         original: Any = module.original_module
-        old, new = (_upright(base, name, m.weight.detach().double()) for m in (original, replaced))
-        return _change(base, name, place, new - old, None, old)
+        old, new = (_upright(base, name, m.weight.detach()) for m in (original, replaced))
+        return _change(base, name, place, new.double() - old.double(), None, old)
     names = list(active_adapters(module))
     layer: Any = base_layer(module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module)
     old = _upright(base, name, dequantised(layer))

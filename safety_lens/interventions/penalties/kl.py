@@ -4,6 +4,7 @@
 is exact at any distance from the reference; it costs a forward and a backward pass over those examples.
 """
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,7 +53,8 @@ class KlPenalty:
             raise DataError(f"batch_size must be 1 or more, got {batch_size}")
         self.model: Any = unwrapped(trained)
         self.examples, self.weight, self.batch_size = list(examples), weight, min(batch_size, len(examples))
-        self._drawn = self._draws(seed)
+        self.seed = seed
+        self.seek(0)
         self._reference: list[Tensor] = []
         self.reset_reference()
 
@@ -73,6 +75,10 @@ class KlPenalty:
         reference = torch.cat([self._reference[i] for i in numbers]).to(now.device)
         kl = (reference.exp() * (reference - now)).sum(-1).mean()
         return Terms({"kl": self.weight * kl})
+
+    def seek(self, calls: int) -> None:
+        """Draw from here on what is drawn after so many calls."""
+        self._drawn = itertools.islice(self._draws(self.seed), calls, None)
 
     def _draws(self, seed: int) -> Iterator[list[int]]:
         rng, order = random.Random(seed), list[int]()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,14 @@ class Terms:
 
 
 Penalty = Callable[[], Terms]
+
+
+@runtime_checkable
+class Drawing(Protocol):
+    """A penalty whose calls differ, because it draws examples."""
+
+    def seek(self, calls: int) -> None:
+        """Go on as after so many calls, in a run that is resumed."""
 
 
 def check_weights(**weights: float) -> None:

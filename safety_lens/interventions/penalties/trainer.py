@@ -4,11 +4,12 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from safety_lens.errors import DataError, ModelError
-from safety_lens.interventions.penalties.terms import Penalty
+from safety_lens.interventions.penalties.terms import Drawing, Penalty
 from safety_lens.loading.live import unwrapped
 
 
@@ -17,7 +18,8 @@ class PenaltyCallback(TrainerCallback):
 
     It is added behind gradient clipping, which keeps the balance of task and penalty out of the clipping's hands. The
     terms of the last step appear in the Trainer's log as "penalty/NAME". Under data parallelism every process computes
-    the same terms from the same weights.
+    the terms and their gradients are averaged, so that weights stay equal where dropout or kernels differ. A resumed
+    run draws the examples that the run it continues would have drawn.
 
     Raises, from training:
         DataError: fp16 without gradient clipping (gradients are still scaled when the penalty is added), DeepSpeed or
@@ -31,11 +33,13 @@ class PenaltyCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
     ) -> None:
-        """Refuse settings under which gradients are not where the penalty adds its own."""
+        """Refuse settings under which gradients are not where the penalty adds its own; go on where a run stopped."""
         if args.fp16 and not args.max_grad_norm:
             raise DataError("a penalty with fp16 needs training.max_grad_norm above 0, or bf16")
         if args.deepspeed or args.fsdp:
             raise DataError("a penalty needs whole gradients on every process: DeepSpeed and FSDP split them up")
+        if isinstance(self.penalty, Drawing):
+            self.penalty.seek(state.global_step)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
@@ -49,9 +53,19 @@ class PenaltyCallback(TrainerCallback):
         found = torch.autograd.grad(terms.total, parameters, allow_unused=True)  # no backward hooks of DDP run
         for parameter, gradient in zip(parameters, found, strict=True):
             if gradient is not None:
+                gradient = _mean_over_processes(gradient)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Write the terms beside the loss of the same entry."""
         if state.log_history and "loss" in state.log_history[-1]:
             state.log_history[-1] |= {f"penalty/{name}": value for name, value in self.last.items()}
+
+
+def _mean_over_processes(gradient: Tensor) -> Tensor:
+    """The same in every process; with one process the gradient itself."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return gradient
+    total = gradient.contiguous()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()

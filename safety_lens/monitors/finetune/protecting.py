@@ -14,6 +14,7 @@ from safety_lens.forced import Continuation
 from safety_lens.interventions.penalties import AlignGuard, FisherPenalty, KlPenalty, Moved, Penalty, PenaltyCallback
 from safety_lens.models import load_model
 from safety_lens.monitors.finetune.config import Protect, RunConfig
+from safety_lens.monitors.processes import from_first
 from safety_lens.probes.examples import ExampleSet, read_examples
 from safety_lens.probes.fisher import sampled_nll
 from safety_lens.probes.matrices import Matrix, matrices_of
@@ -50,10 +51,11 @@ def protect(
         return Protection(rows)
     model = load_model(live, tokenizer=tokenizer, check=False)
     data = config.data
-    safety = read_examples(
+    answered = read_examples(
         chosen.safety, model, limit=chosen.rows, seed=config.seed, max_length=data.max_length,
         raw=data.raw, template_kwargs=data.template_kwargs,
     )  # fmt: skip
+    safety = from_first(lambda: answered)  # GPUs round differently: all processes go on with one and the same
     followed = set(Moved(live).matrices)
     trained = [matrix for matrix in matrices_of(model) if matrix.name in followed]
     notes, entry = list(safety.notes), {"safety": chosen.safety, "rows": len(safety), "sha256": safety.sha256}
@@ -82,15 +84,20 @@ def _dropped(
         raise DataError("no training row has a prompt and a response: their risk cannot be told, so none is dropped")
     belongs = [place for place, number in enumerate(judged) for _ in parts[number]]
     responses = [response for number in judged for response in parts[number]]
-    found = row_risk(model, responses, safety.continuations, matrices=trained, belongs=belongs)
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_row_risk(config.out / ROW_RISK, found, [rows[number].line for number in judged])
+    risk = row_risk(model, responses, safety.continuations, matrices=trained, belongs=belongs)
+    found = from_first(lambda: _written(config, risk, [rows[number].line for number in judged]))
     out = {judged[place] for place in found.riskiest(config.protect.drop_risky).tolist()}
     kept = [row for number, row in enumerate(rows) if number not in out]
     if not kept:
         raise DataError(f"drop_risky {config.protect.drop_risky} leaves no row: choose a smaller share")
     lines = sorted(rows[number].line for number in out)
     return kept, lines, _told(found, lines, len(rows), len(rows) - len(judged))
+
+
+def _written(config: RunConfig, found: RowRisk, lines: Sequence[int]) -> RowRisk:
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_row_risk(config.out / ROW_RISK, found, lines)
+    return found
 
 
 def _told(found: RowRisk, lines: Sequence[int], n: int, unjudged: int) -> str:

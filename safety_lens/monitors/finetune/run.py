@@ -46,6 +46,7 @@ from safety_lens.monitors.finetune.training import (
 from safety_lens.monitors.finetune.watch import monitor_callback
 from safety_lens.monitors.inputs import named_concepts
 from safety_lens.monitors.neuron_drift.watch import WHOLE
+from safety_lens.monitors.processes import from_first
 from safety_lens.probes.estimators import estimator
 from safety_lens.probes.groups import NeuronGroup
 
@@ -61,7 +62,8 @@ class RunResult:
 
     out: its folder: the adapter or model, the log, checkpoints, configuration, manifest. steps: optimizer steps.
     seconds: of training, measurements included. measurements: the monitor's rows and the Trainer's ("run": loss,
-    learning_rate, grad_norm). notes: what a reader must know.
+    learning_rate, grad_norm). notes: what a reader must know. first: whether this is the process that writes, where
+    there are several (torchrun); the only one otherwise.
     """
 
     out: Path
@@ -69,6 +71,7 @@ class RunResult:
     seconds: float
     measurements: tuple[Measurement, ...]
     notes: tuple[str, ...]
+    first: bool = True
 
 
 class Prepared(NamedTuple):
@@ -121,39 +124,39 @@ def run(
         overwrite: replace a run that is there.
         callbacks: further callbacks of the Trainer.
         on_log: called with every log entry of the Trainer. on_note: called with every note as soon as it is known.
-            on_group: called with a line about every group that is frozen or watched.
+            on_group: called with a line about every group that is frozen or watched. All in the first process alone.
 
     Raises:
         DataError, ModelError, ArtifactError: see `prepare`, `claim`; ModelError for a loss that is no number.
     """
     ready = prepare(config)
-    if ready.arguments.process_index == 0:  # under `accelerate launch` one process writes
-        claim(config, resume=resume, overwrite=overwrite)
+    first = ready.arguments.process_index == 0  # under torchrun one process writes and speaks
+    from_first(lambda: claim(config, resume=resume, overwrite=overwrite))
     hf, tokenizer, rows = _load(ready)
     groups, watched = (named_groups(names, hf) for names in (config.tuning.freeze, config.monitor.groups))
     set_seed(config.seed)  # adapters start from random factors, and the Trainer seeds too late for them
     live = with_trained_weights(hf, config)
     frozen, frozen_notes = freeze_named(live, groups)
-    for line in lines_of_groups(config, live, groups, watched) if ready.arguments.process_index == 0 and on_group else ():
+    for line in lines_of_groups(config, live, groups, watched) if first and on_group else ():
         on_group(line)
     protection = protect(config, live, tokenizer, rows.rows)
     unwatched = [] if ready.concepts else [UNWATCHED]
     notes = [*unwatched, *ready.data.notes, *rows.notes, *frozen_notes, *protection.notes]
-    for note in notes:
-        (on_note or _silent)(note)
+    for note in notes if first and on_note else ():
+        on_note(note)
     held: list[TrainerCallback] = [*protection.callbacks, *([frozen.callback()] if frozen else [])]
-    watching: list[TrainerCallback] = [*callbacks, *held, _Told(on_log)]
+    watching: list[TrainerCallback] = [*callbacks, *held, _Told(on_log if first else None)]
     if ready.concepts:
         watching.insert(0, monitor_callback(config, ready.concepts, int(hf.config.num_hidden_layers), watched, groups))
     teacher = trainer(live, protection.rows, ready.arguments, tokenizer, watching)
-    checkpoint = last_checkpoint(config.out / CHECKPOINTS) if resume else None
+    checkpoint = from_first(lambda: last_checkpoint(config.out / CHECKPOINTS)) if resume else None
     began = time.perf_counter()
     with _explained():
         teacher.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - began
     teacher.save_model(str(config.out))  # adapter or whole model, as safetensors, with the tokenizer
     measured = (*_drift(config), *_training_rows(teacher.state.log_history))
-    if ready.arguments.process_index == 0:
+    if first:
         for name in ("training_args.bin", "README.md"):  # a pickle, and peft's empty model card
             (config.out / name).unlink(missing_ok=True)
         _seal(
@@ -164,11 +167,7 @@ def run(
             notes,
             {**frozen_entry(config.tuning.freeze, frozen), **protection.entry},
         )
-    return RunResult(config.out, int(teacher.state.global_step), seconds, measured, tuple(notes))
-
-
-def _silent(note: str) -> None:
-    """Nobody listens."""
+    return RunResult(config.out, int(teacher.state.global_step), seconds, measured, tuple(notes), first)
 
 
 def lines_of_groups(

@@ -21,6 +21,7 @@ from safety_lens.errors import DataError, ModelError
 from safety_lens.loading.hub import first_line, parse_device
 from safety_lens.monitors.finetune.config import RunConfig, Tuning
 from safety_lens.monitors.finetune.place import CHECKPOINTS
+from safety_lens.monitors.processes import in_any
 
 # renamed within transformers 5
 _CHECKPOINTING = next(
@@ -29,7 +30,7 @@ _CHECKPOINTING = next(
 
 
 class CheckedTrainer(Trainer):
-    """A Trainer that ends at the first loss that is no number, instead of training on.
+    """A Trainer that ends at the first loss that is no number, in any process, instead of training on.
 
     Raises:
         ModelError: from `train`, naming the step and what to change.
@@ -37,9 +38,11 @@ class CheckedTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = cast(Tensor, super().training_step(*args, **kwargs))
-        if not math.isfinite(float(loss)):
+        found = float(loss)
+        if in_any(not math.isfinite(found), loss.device):
+            where = "in another process" if math.isfinite(found) else str(found)
             raise ModelError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}: the weights are lost from here on."
+                f"the loss is {where} at step {self.state.global_step + 1}: the weights are lost from here on."
                 f" Lower training.learning_rate ({self.args.learning_rate:g}), or train in bfloat16 or float32; the"
                 f" last checkpoint is in {self.args.output_dir}"
             )
@@ -84,6 +87,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         "data_seed": config.seed,
         "use_cpu": parse_device(config.device).type == "cpu",
         "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,  # all that is trained is used; looking for more warns and costs time
         "logging_nan_inf_filter": False,  # the Trainer's default hides a NaN loss behind the last good one
         "save_strategy": "steps",
         "run_name": config.out.name,
