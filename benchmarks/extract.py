@@ -42,8 +42,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from workload import Work, difference_in_means, make_model, make_tokenizer, make_work, save
 
-from safety_lens.activations import TOKEN_BUDGET, capture
+from safety_lens.activations import capture
 from safety_lens.batching import length_batches, prefix_groups
+from safety_lens.capturing import TOKEN_BUDGET
 from safety_lens.kv import left_padded
 from safety_lens.models import hooks_at, load_model
 

@@ -15,6 +15,7 @@ from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValue
 from transformer_lens.components import Attention, GroupedQueryAttention
 
 from safety_lens.errors import ModelError
+from safety_lens.loading.paths import running_paths
 from safety_lens.loading.watching import hooked
 
 _FIRST_LENGTH = 2048
@@ -80,16 +81,20 @@ class PerForward:
         """
         untracked = mask is not None and mask.is_inference()  # nobody counts changes to it: made anew every time
         version = None if mask is None or untracked else mask._version
-        key = (q.shape[1], past, q.device, q.dtype, attn.table, version)
+        paths = running_paths()
+        key = (q.shape[1], past, q.device, q.dtype, attn.table, version, paths)
         if mask is self.mask and key == self.key and not untracked:
             return
         self.mask, self.key = mask, key
-        columns = torch.arange(past + q.shape[1], device=q.device)
-        ones = columns.new_ones(1, len(columns)) if mask is None else mask.to(q.device)
-        self.allowed = _allowed(columns, past, ones, attn.window)
-        if attn.table is not None:
-            cos, sin = attn.table.upto(len(columns), q)
+        if paths is not None:
+            self.allowed, position = paths.allowed(attn.window), paths.position
+        else:
+            columns = torch.arange(past + q.shape[1], device=q.device)
+            ones = columns.new_ones(1, len(columns)) if mask is None else mask.to(q.device)
+            self.allowed = _allowed(columns, past, ones, attn.window)
             position = (ones.cumsum(1) - 1).clamp(min=0)[:, past:]
+        if attn.table is not None:
+            cos, sin = attn.table.upto(int(position.max()) + 1 if paths is not None else past + q.shape[1], q)
             self.turn = cos[position][:, :, None], sin[position][:, :, None]
 
 
@@ -165,6 +170,8 @@ class _Faithful:
         """As TransformerLens' forward; through torch's fused kernel where only its inputs and `z` can be seen."""
         attn = cast(Any, self)
         if additive_attention_mask is not None or position_bias is not None or not self._can_fuse(query_input):
+            if running_paths() is not None:
+                raise ModelError("a forward along paths came to attention that is not fused: this is a fault of ours")
             return cast(
                 Tensor,
                 super().forward(
@@ -194,18 +201,32 @@ class _Faithful:
         return F.linear(z.flatten(2), attn.W_O.permute(2, 0, 1).flatten(1), attn.b_O)
 
     def _can_fuse(self, x: Tensor) -> bool:
-        attn, cfg = cast(Any, self), cast(Any, self).cfg
-        rotary = cfg.positional_embedding_type == "rotary"
+        attn = cast(Any, self)
+        rotary = attn.cfg.positional_embedding_type == "rotary"
         points = [attn.hook_attn_scores, attn.hook_pattern, *([attn.hook_rot_q, attn.hook_rot_k] if rotary else [])]
-        plain = (
-            (self.table is not None if rotary else cfg.positional_embedding_type == "standard")
+        # torch's linear with bias is wrong on mps in some releases
+        return self.is_plain() and x.ndim == 3 and x.device.type != "mps" and not hooked(*points)
+
+    def is_plain(self) -> bool:
+        """Whether a fused kernel computes this attention: causal, no soft cap, positions that this package knows."""
+        attn, cfg = cast(Any, self), cast(Any, self).cfg
+        return (
+            (
+                self.table is not None
+                if cfg.positional_embedding_type == "rotary"
+                else cfg.positional_embedding_type == "standard"
+            )
             and (attn._attention_dir_override or cfg.attention_dir) == "causal"
             and cfg.attn_scores_soft_cap <= 0
             and not cfg.use_attn_result
-            and x.ndim == 3
-            and x.device.type != "mps"  # torch's linear with bias is wrong there in some releases
         )
-        return plain and not hooked(*points)
+
+    def turned(self, keys: Float[Tensor, "batch pos kv_head d_head"]) -> Float[Tensor, "batch pos kv_head d_head"]:
+        """Keys by the positions of the running forward; as they are where positions are no rotations."""
+        if self.table is None:
+            return keys
+        self.shared.prepare(self, keys, 0, None)
+        return self._turned(keys)
 
     def _turned(self, x: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos head d_head"]:
         """New queries or keys, rotated by their positions."""
@@ -246,3 +267,8 @@ class FaithfulAttention(_Faithful, Attention):
 
 class FaithfulGroupedQueryAttention(_Faithful, GroupedQueryAttention):
     """Grouped-query attention."""
+
+
+def follows_paths(attn: nn.Module) -> bool:
+    """Whether a block's attention takes part in forwards whose tokens follow paths (see paths.Paths)."""
+    return isinstance(attn, _Faithful) and attn.is_plain() and cast(Any, attn).W_Q.device.type != "mps"

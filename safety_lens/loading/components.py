@@ -17,6 +17,7 @@ from transformer_lens.components.mlps.gated_mlp import GatedMLP
 
 from safety_lens.errors import ModelError
 from safety_lens.loading.attention import too_long
+from safety_lens.loading.paths import running_paths
 from safety_lens.loading.watching import hooked, unwatched
 
 
@@ -113,6 +114,8 @@ class BoundedPosEmbed(PosEmbed):
         past_kv_pos_offset: int = 0,
         attention_mask: Int[Tensor, "batch offset_pos"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
+        if (paths := running_paths()) is not None:
+            return cast(Tensor, self.W_pos[paths.position])
         length = past_kv_pos_offset + tokens.shape[-1]
         if length > len(self.W_pos):
             raise ModelError(too_long(length, len(self.W_pos), "position embedding"))
