@@ -71,7 +71,7 @@ def test_overlap_of_a_model_with_itself_is_1_and_at_its_ceiling(made: Path) -> N
 
 def test_ablate_measures_safety_and_speech_beside_random_groups(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "ablation"
-    words = ("--group", "set-difference-0.01", "--group", "random", "--n-prompts", "8", "--draws", "2")
+    words = ("--group", "set-difference-0.01", "--group", "random", "--n-examples", "8", "--draws", "2")
     found = rows(verb("ablate", made, *words, "--out", out, "--json", *CPU))
     group = "group/set-difference-0.01"
     assert found[group, "refusal_log_odds_beyond_random"]["high"] < 0
@@ -96,13 +96,30 @@ def test_neurons_can_be_kept_and_set_to_their_means(tmp_path: Path) -> None:
     made = tmp_path / "n"
     words = ("--unit", "neuron", "--method", "gradient", "--q", "0.3", "--p", "0.1", "--top", "0.1")
     assert verb("identify", "--out", made, "--n-examples", "6", *words, *CPU).exit_code == 0
-    common = ("--group", "set-difference", "--n-prompts", "6", "--draws", "1", "--loss-only", "--json", *CPU)
+    common = ("--group", "set-difference", "--n-examples", "6", "--draws", "1", "--loss-only", "--json", *CPU)
     at = ("group/set-difference", "safety_loss")
     zero, mean, keep = (
         rows(verb("ablate", made, *more, *common))[at]["value"] for more in ((), ("--mean",), ("--keep",))
     )
     assert len({round(value, 6) for value in (zero, mean, keep)}) == 3
     assert keep > zero  # nine tenths of the neurons gone
+
+
+def test_heads_are_found_at_the_shares_that_are_theirs_by_default(tmp_path: Path) -> None:
+    out = tmp_path / "heads"
+    found = verb("identify", "--out", out, "--n-examples", "16", "--unit", "head", *CPU)
+    assert found.exit_code == 0, found.exception
+    groups = {g.name: g for g in load_groups(out)}
+    model = load_model(device="cpu")
+    heads = model.cfg.n_heads * model.cfg.n_layers
+    assert groups["top-safety"].size == groups["top-utility"].size == heads // 8
+    assert 1 <= groups["set-difference"].size == groups["random"].size <= heads // 8
+    assert load_artifact(out).manifest["arguments"]["q"] == 0.125
+    narrow = verb("identify", "--out", tmp_path / "n", "--n-examples", "4", "--unit", "head", "--top", "0.01", *CPU)
+    assert f"a share of 0.0313 gives 1 of {heads}" in str(narrow.exception)
+    layer = verb("identify", "--out", tmp_path / "n", "--n-examples", "4", "--unit", "head", "--scope", "layer", *CPU)
+    assert f"a share of {1 / model.cfg.n_heads:g} gives 1 of {model.cfg.n_heads}" in str(layer.exception)
+    assert "or a wider scope" in str(layer.exception)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +129,7 @@ def test_neurons_can_be_kept_and_set_to_their_means(tmp_path: Path) -> None:
         (("--p", "0"), "p is a share between 0 and 1"),
         (("--method", "wanda", "--unit", "head"), "there is no such score"),
         (("--method", "snip", "--unit", "neuron", "--scope", "row"), "scope 'row' is undefined for neurons"),
+        (("--unit", "layer"), "--unit layer: choose weight, neuron, head"),
         (("--sizes", "1%"), "write shares between 0 and 1"),
         (("--safety", "no-such-file.jsonl"), "no-such-file.jsonl"),
         (("--q", "0.0000001"), "not one weight anywhere"),

@@ -34,7 +34,7 @@ def ablate(
         bool, typer.Option("--mean", help="Neurons and heads at their mean on utility examples, not zero.")
     ] = False,
     draws: Annotated[int, typer.Option(min=0, help="Random groups of the same sizes, matched on |w|.")] = 20,
-    n_prompts: Annotated[int, typer.Option(min=2, help="Prompts and examples of each kind.")] = 48,
+    n_prompts: Annotated[int, typer.Option("--n-examples", min=2, help="Prompts and examples of each kind.")] = 48,
     loss_only: Annotated[bool, typer.Option("--loss-only", help="Measure losses alone: write no answers.")] = False,
     adapter: options.Adapter = None,
     raw: options.Raw = False,

@@ -26,6 +26,14 @@ Utility = Annotated[str, typer.Option(help="Utility examples: utility, facts (bu
 Examples = Annotated[int, typer.Option("--n-examples", min=2, help="Examples of each kind.")]
 
 
+SHARES = {
+    "weight": {"q": 0.03, "p": 0.03, "fraction": 0.01},
+    "neuron": {"q": 0.03, "p": 0.03, "fraction": 0.01},
+    "head": {"q": 0.125, "p": 0.125, "fraction": 0.125},
+}
+"""Shares where none is given. Models have dozens to hundreds of heads: a hundredth of them is none."""
+
+
 def identify(
     out: options.Out,
     model: options.Model = "organism",
@@ -34,12 +42,18 @@ def identify(
     n_examples: Examples = 128,
     method: Annotated[str, typer.Option(help="snip, wanda or gradient (gradient × activation).")] = "snip",
     unit: Annotated[str, typer.Option(help="weight (one entry of a matrix), neuron or head.")] = "weight",
-    q: Annotated[float, typer.Option("--q", help="Set difference: top share by safety score.")] = 0.03,
-    p: Annotated[float, typer.Option("--p", help="Set difference: top share by utility score, taken out.")] = 0.03,
-    fraction: Annotated[float, typer.Option("--top", help="Share of the top-safety and top-utility groups.")] = 0.01,
+    q: Annotated[
+        float | None, typer.Option("--q", help="Set difference: top share by safety score; 0.03, of heads 0.125.")
+    ] = None,
+    p: Annotated[
+        float | None, typer.Option("--p", help="And top share by utility score, taken out; 0.03, of heads 0.125.")
+    ] = None,
+    fraction: Annotated[
+        float | None, typer.Option("--top", help="Share of top-safety and top-utility; 0.01, of heads 0.125.")
+    ] = None,
     sizes: Annotated[str | None, typer.Option(help="More set differences with p = q, such as 0.002,0.01.")] = None,
     scope: Annotated[
-        str | None, typer.Option(help="Ranked within row, matrix (default for weights), layer (others) or global.")
+        str | None, typer.Option(help="Ranked within row, matrix (weights), layer (neurons) or global (heads).")
     ] = None,
     layers: options.Layers = None,
     adapter: options.Adapter = None,
@@ -61,6 +75,8 @@ def identify(
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items() if k not in ("check_place",)}
     arguments.pop("parse_layers")
     check_place(out, overwrite)
+    shares = shares_of(unit, q=q, p=p, fraction=fraction)
+    arguments |= shares
     more = parse_sizes(sizes)
     wanted = parse_layers(layers)
     terminal.quiet_libraries()
@@ -76,14 +92,23 @@ def identify(
         kind: read_examples(source, hooked, split="train", limit=n_examples, seed=seed, raw=raw)
         for kind, source in (("safety", safety), ("utility", utility))
     }
-    made = groupings(q=q, p=p, fraction=fraction, scope=scope) | {
-        f"set-difference-{size:g}": sized(size, scope) for size in more
-    }
+    made = groupings(**shares, scope=scope) | {f"set-difference-{size:g}": sized(size, scope) for size in more}
     found = identified(hooked, data["safety"], data["utility"], made, score=score, seed=seed, layers=wanted)
     groups = [group.renamed(name) for name, group in found.whole.items()]
     groups.append(random_like(found.whole["set-difference"], hooked, seed=seed, name="random"))
     _write(out, hooked, groups, found, data, arguments, overwrite)
     _show(groups, found, data, out, as_json)
+
+
+def shares_of(unit: str, **given: float | None) -> dict[str, float]:
+    """The shares given, and the unit's own where none is.
+
+    Raises:
+        DataError: no such unit.
+    """
+    if unit not in SHARES:
+        raise DataError(f"--unit {unit}: choose {', '.join(SHARES)}")
+    return {name: SHARES[unit][name] if value is None else value for name, value in given.items()}
 
 
 def parse_sizes(text: str | None) -> list[float]:

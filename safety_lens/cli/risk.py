@@ -38,7 +38,7 @@ def risk(
         str, typer.Option(help="Prompts whose answers must stay: a file, or safety (harmful requests, own answers).")
     ] = "safety",
     n_safety: Annotated[int, typer.Option(min=8, help="Safety examples, drawn by the seed.")] = 64,
-    mode: Annotated[str | None, typer.Option(help="lora, qlora or full.")] = None,
+    mode: Annotated[str | None, typer.Option("--method", help="lora, qlora or full.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the adapters.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps of the plan; stands above --epochs.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from safety_lens.cli import options, suppress_output, terminal
+from safety_lens.cli import options, steer_options, suppress_output, terminal
 from safety_lens.cli.extract import parse_layers
 from safety_lens.errors import DataError
 
@@ -47,7 +47,7 @@ def suppress(
     ] = None,
     kl_budget: Annotated[float, typer.Option(help="Nats per benign token at which auto compares the modes.")] = 0.1,
     ancestor: Annotated[bool, typer.Option("--ancestor", help="The seed's formulas, with their defects.")] = False,
-    max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 64,
+    max_tokens: steer_options.MaxNewTokens = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
     ignore_end_tokens: Annotated[

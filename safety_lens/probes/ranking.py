@@ -4,6 +4,7 @@ Set difference: Wei et al. 2024, arXiv:2402.05162, section 4.1: S(p, q) = S_s(q)
 without the top p by utility score, each taken within a matrix.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -37,10 +38,10 @@ def _all(scores: Scores) -> list[list[str]]:
 SCOPES: Mapping[str, Mapping[str, Pools]] = {
     "weight": {"matrix": _each, "layer": _layers, "global": _all, "row": _each},
     "neuron": {"layer": _layers, "global": _all},
-    "head": {"layer": _layers, "global": _all},
+    "head": {"global": _all, "layer": _layers},
 }
-"""Unit → among whom members are ranked; the first is the default. "row" ranks each output row by itself, as pruning
-with SNIP and Wanda does."""
+"""Unit → among whom members are ranked; the first is the default, and a layer has too few heads for a share of them.
+"row" ranks each output row by itself, as pruning with SNIP and Wanda does."""
 
 
 def top(
@@ -51,7 +52,7 @@ def top(
     Signed scores are ranked by value, not by size.
 
     Args:
-        scope: "matrix" for weights and "layer" for neurons and heads by default; see SCOPES.
+        scope: "matrix" for weights, "layer" for neurons and "global" for heads by default; see SCOPES.
 
     Raises:
         DataError: a fraction outside (0, 1), a scope that the unit does not have, or so small a fraction that nothing
@@ -66,9 +67,11 @@ def top(
         chosen = _top_of_rows(values, fraction) if scope == "row" else _top_of_all(values, fraction)
         index |= {key: mask.flatten().nonzero().flatten().cpu() for key, mask in chosen.items()}
     if not any(len(members) for members in index.values()):
+        most = max(_pool_sizes(scores, pools, scope))
+        wider = "" if scope == "global" else " or a wider scope"
         raise DataError(
-            f"the top {fraction:g} by {scope} of {scores.numel} {scores.unit}s is not one {scores.unit} anywhere:"
-            " choose a larger fraction (identify has --top and --q) or a wider scope"
+            f"the top {fraction:g} by {scope} of {scores.numel} {scores.unit}s is not one {scores.unit} anywhere: a"
+            f" share of {_share_of_one(most):g} gives 1 of {most} (identify has --top, --q and --p){wider}"
         )
     source = {
         "made by": "top",
@@ -120,6 +123,18 @@ def set_difference(
         "utility": utility.source,
     }
     return NeuronGroup(name, group.unit, group.index, group.shapes, source, group.d_head)
+
+
+def _pool_sizes(scores: Scores, pools: Pools, scope: str) -> list[int]:
+    """Among how many each choice is made."""
+    if scope == "row":
+        return [values.shape[1] for values in scores.values.values()]
+    return [sum(scores.values[name].numel() for name in names) for names in pools(scores)]
+
+
+def _share_of_one(n: int) -> float:
+    """The smallest share of four digits of which int(share · n) is 1."""
+    return math.ceil(1e4 / n) / 1e4
 
 
 def _check_fraction(value: float, what: str) -> None:
