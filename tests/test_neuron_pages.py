@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +156,30 @@ def test_the_page_says_where_it_comes_from() -> None:
     facts = dict(page.provenance)
     assert re.search(r"weights sha256 [0-9a-f]{16}", facts["model"])
     assert facts["prompts"].startswith("3 (3 kind), some file; sha256 ")
-    assert facts["group few"] == "3 neurons; method by hand"
-    assert facts["scores snip"] == "snip, unsigned, n = 7; examples_sha256 abc"
+    assert facts["group few"] == [("members", "3 neurons"), ("method", "by hand")]
+    assert facts["scores snip"] == [("score", "snip, unsigned"), ("n", "7"), ("examples_sha256", "abc")]
     assert facts["direction any"] == "dim at blocks.1.hook_resid_post"
     assert re.match(r"\d{4}-\d\d-\d\dT", facts["date"])
-    assert all(text.split(";")[0] in page.html for text in facts.values())
+    assert (
+        "<dt>group few</dt><dd><dl><dt>members</dt><dd>3 neurons</dd><dt>method</dt><dd>by hand</dd></dl>" in page.html
+    )
+    assert all(fact.split(";")[0] in page.html for fact in facts.values() if isinstance(fact, str))
+
+
+def test_a_nested_source_is_told_in_words_not_in_json() -> None:
+    source = {
+        "made by": "set difference", "q": 0.03, "n": {"safety": 64, "utility": 32}, "layers": [1, 2], "scope": None,
+        "safety": {"model": {"name": "m", "weights_sha256": "f" * 64}, "loss": "response_nll"},
+    }  # fmt: skip
+    model = tiny()
+    group = group_of(model, "few", "neuron", {"blocks.1.mlp": [0, 1]}, source)
+    page = neuron_page(model, [group], PROMPTS, raw=True)
+    said = dict(dict(page.provenance)["group few"])
+    assert said == {
+        "members": "2 neurons", "made by": "set difference", "q": "0.03", "n": "safety 64; utility 32",
+        "layers": "1, 2", "scope": "none", "safety": f"model weights sha256 {'f' * 16}; loss response_nll",
+    }  # fmt: skip
+    assert "{" not in re.sub(r"(?s)<(style|script).*?</\1>", "", page.html)
 
 
 def test_what_cannot_be_shown_is_refused() -> None:
@@ -366,8 +386,33 @@ def test_the_colour_scale_stays_the_same_for_all_tokens_and_prompts(browser: chr
     assert colours(browser, "#legend") == legend
 
 
+def test_the_table_shows_all_of_its_columns_and_says_their_order(browser: chromium.Browser, tmp_path: Path) -> None:
+    opened(browser, made(columns=60).html, tmp_path)
+    assert "largest" in texts(browser, "#heads th")
+    box = "document.querySelector('.scroll')"
+    assert browser.run(f"{box}.scrollHeight > {box}.clientHeight")  # there is a vertical bar, which takes room
+    assert browser.run(f"{box}.scrollWidth <= {box}.clientWidth")
+    assert "each by |snip|, the largest first" in texts(browser, "#sorted")[0]
+    opened(browser, made(scores=()).html, tmp_path)
+    assert "in the order in which their groups gave them" in texts(browser, "#sorted")[0]
+
+
+def test_the_legend_says_what_a_value_is_and_a_heads_starts_at_0(browser: chromium.Browser, tmp_path: Path) -> None:
+    page = made()
+    head = Column("head", 1, 2, "head 1.2", "blocks.1.attn.hook_z", {"even": 1.0})
+    page = replace(page, columns=(head, *page.columns[1:]), values=np.abs(page.values))
+    opened(browser, page.html, tmp_path)
+    assert "activation" in texts(browser, "#meaning")[0]
+    browser.click("button[data-column='0']")
+    assert texts(browser, "#meaning") == ["length of what the head writes, 0 to the largest:"]
+    marks = [float(text) for text in texts(browser, "#legend .tokens span span")]
+    largest = float(scales(page.values, page.prompts)[0])
+    assert marks == pytest.approx([0, largest / 4, largest / 2, 3 * largest / 4, largest], rel=5e-3)
+
+
 def test_text_that_looks_like_html_is_shown_and_does_nothing(browser: chromium.Browser, tmp_path: Path) -> None:
-    page = made(title=EVIL, notes=(EVIL,), provenance=(("model", EVIL),), groups=(EVIL, "odd"), scores=(EVIL,))
+    sources = (("model", EVIL), (EVIL, ((EVIL, EVIL),)))
+    page = made(title=EVIL, notes=(EVIL,), provenance=sources, groups=(EVIL, "odd"), scores=(EVIL,))
     prompt = ShownPrompt(("<bos>", EVIL, " & &lt;b&gt; ", *page.prompts[0].tokens[3:]), EVIL, 1, 0)
     first = column(9, {EVIL: 0.5}, scores={EVIL: 3.0}, raises=((EVIL, 1.0),), lowers=((EVIL, -1.0),), note=EVIL)
     page = NeuronPage(page.title, (prompt, *page.prompts[1:]), (first, *page.columns[1:]), page.values, page.groups,

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from safety_lens.report.offline import bundle, document, inert, visible
 from safety_lens.report.pages.columns import Column
 from safety_lens.report.pages.prompts import ShownPrompt
+from safety_lens.report.pages.provenance import Fact
 
 TOP = 32767
 """Values are kept as 16-bit steps: a column's largest value is this many."""
@@ -43,7 +44,7 @@ def neuron_document(
     groups: Sequence[str],
     scores: Sequence[str],
     notes: Sequence[str],
-    provenance: Sequence[tuple[str, str]],
+    provenance: Sequence[tuple[str, Fact]],
 ) -> str:
     """The page. groups, scores: names in the order in which they are listed."""
     words: dict[str, int] = {}
@@ -106,7 +107,7 @@ def _digits(x: float) -> float:
 
 
 def _body(
-    title: str, prompts: Sequence[ShownPrompt], notes: Sequence[str], provenance: Sequence[tuple[str, str]]
+    title: str, prompts: Sequence[ShownPrompt], notes: Sequence[str], provenance: Sequence[tuple[str, Fact]]
 ) -> str:
     picks = "".join(
         f'<label>{label} <select id="{name}">'
@@ -116,15 +117,25 @@ def _body(
     )
     start = min(p.start for p in prompts)
     left = f" The first {start} tokens, which all prompts share, count for neither scale nor order." if start else ""
-    facts = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in provenance)
+    first = provenance[0][1]
+    model = f": {html.escape(first)}" if isinstance(first, str) else ""
     remarks = "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
     return f"""<h1>{html.escape(title)}</h1>
-{remarks}<details id="provenance"><summary>Where this comes from: {html.escape(provenance[0][1])}</summary>
-<dl>{facts}</dl></details>
+{remarks}<details id="provenance"><summary>Where this comes from{model}</summary>
+{_definitions(provenance)}</details>
 <div class="picks">{picks}</div>
 <div class="columns"><aside><p><span id="count"></span> of this page. By group: ✓ or the share of its weights that
-the group holds; then scores, and the largest |value|.</p>
+the group holds; then scores, and the largest |value|. <span id="sorted"></span></p>
 <div class="scroll"><table><thead id="heads"></thead><tbody id="rows"></tbody></table></div></aside>
-<main><div id="card"></div><div class="legend"><span>value:</span><div id="legend"></div>
+<main><div id="card"></div><div class="legend"><span id="meaning"></span><div id="legend"></div>
 <span class="note">The scale is the same for every token of every prompt; stronger values keep the last colour.{left}
 Point at a token for its value.</span></div><div id="prompts"></div></main></div>"""
+
+
+def _definitions(facts: Sequence[tuple[str, Fact]]) -> str:
+    """A definition list, with lists inside for what has several facts; everything escaped."""
+    rows = (
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(fact) if isinstance(fact, str) else _definitions(fact)}</dd>"
+        for name, fact in facts
+    )
+    return f"<dl>{''.join(rows)}</dl>"

@@ -97,6 +97,10 @@
     });
     $("rows").replaceChildren(...rows);
     $("count").textContent = `${columns.length} of ${page.columns.length} columns`;
+    const by = page.scores[0];
+    $("sorted").textContent = by === undefined
+      ? "Neurons come before heads, in the order in which their groups gave them."
+      : `Neurons come before heads, each by |${by}|, the largest first.`;
   };
 
   // --- one column ---------------------------------------------------------------------------------------------------
@@ -134,8 +138,15 @@
     if ($("scale").value === "own") return scale;
     return Math.max(...page.columns.filter((other) => other.kind === kind).map((other) => other.scale));
   };
-  const drawLegend = (limit) => {
-    const marks = [-1, -0.5, 0, 0.5, 1].map((x) => x * limit);
+  const SIGNED = [-1, -0.5, 0, 0.5, 1];
+  const KINDS = {
+    neuron: { meaning: "activation (what the neuron multiplies its output weights by)", marks: SIGNED },
+    head: { meaning: "length of what the head writes, 0 to the largest", marks: [0, 0.25, 0.5, 0.75, 1] },
+    direction: { meaning: "projection on the direction", marks: SIGNED },
+  };
+  const drawLegend = (kind, limit) => {
+    const marks = KINDS[kind].marks.map((x) => x * limit);
+    $("meaning").textContent = `${KINDS[kind].meaning}:`;
     $("legend").replaceChildren();
     tokens($("legend"), marks.map((x) => `\u00a0${shown(x)}\u00a0`), marks, limit);
   };
@@ -172,7 +183,7 @@
     const limit = bound(c);
     for (const row of $("rows").children) row.classList.toggle("chosen", row.dataset.row === String(c));
     drawCard(page.columns[c]);
-    drawLegend(limit);
+    drawLegend(page.columns[c].kind, limit);
     drawPrompts(c, limit);
   };
 

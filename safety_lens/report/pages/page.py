@@ -38,7 +38,7 @@ from safety_lens.report.pages.columns import (
 )
 from safety_lens.report.pages.document import neuron_document
 from safety_lens.report.pages.prompts import PagePrompt, ShownPrompt, shorten, shown_prompts
-from safety_lens.report.pages.provenance import provenance
+from safety_lens.report.pages.provenance import Fact, provenance
 from safety_lens.report.pages.reading import read_directions, read_units
 from safety_lens.types import Prompt
 
@@ -63,7 +63,7 @@ class NeuronPage:
     groups: tuple[str, ...] = ()
     scores: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    provenance: tuple[tuple[str, str], ...] = ()
+    provenance: tuple[tuple[str, Fact], ...] = ()
 
     @cached_property
     def html(self) -> str:

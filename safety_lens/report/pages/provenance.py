@@ -1,4 +1,4 @@
-"""Where a page comes from, as rows of name and text."""
+"""Where a page comes from, as rows of a name with a text, or with named texts."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -14,6 +14,9 @@ from safety_lens.probes.directions import Direction
 from safety_lens.probes.groups import NeuronGroup
 from safety_lens.report.pages.prompts import PagePrompt
 
+Fact = str | Sequence[tuple[str, str]]
+"""A text, or several with a name each."""
+
 
 def provenance(
     model: HookedTransformer,
@@ -22,7 +25,7 @@ def provenance(
     scores: Mapping[str, Scores],
     directions: Sequence[Direction],
     source: str,
-) -> list[tuple[str, str]]:
+) -> list[tuple[str, Fact]]:
     """Model, data, groups, scores, directions, date and versions, the model first."""
     known = fingerprint(model)
     name = known["name"] + (f" @ {known['revision']}" if known["revision"] else "")
@@ -32,13 +35,16 @@ def provenance(
         f"{sum(p.label == x for p in asked)} {x or 'without label'}" for x in dict.fromkeys(p.label for p in asked)
     )
     digest = sha256(dumps([[p.prompt, p.label] for p in asked], default=str).encode()).hexdigest()
-    rows = [
+    rows: list[tuple[str, Fact]] = [
         ("model", f"{name}{adapter}; {known['architecture']}, {size}; weights sha256 {known['weights_sha256'][:16]}"),
         ("prompts", f"{len(asked)} ({labels}), {source}; sha256 {digest[:16]}"),
     ]
-    rows += [(f"group {g.name}", f"{g.size} {g.unit}s; {_facts(g.source)}") for g in groups]
+    rows += [(f"group {g.name}", [("members", f"{g.size} {g.unit}s"), *_facts(g.source)]) for g in groups]
     rows += [
-        (f"scores {key}", f"{s.method}, {'signed' if s.signed else 'unsigned'}, n = {s.n}; {_facts(s.source)}")
+        (
+            f"scores {key}",
+            [("score", f"{s.method}, {'signed' if s.signed else 'unsigned'}"), ("n", str(s.n)), *_facts(s.source)],
+        )
         for key, s in scores.items()
     ]
     rows += [(f"direction {d.concept}", f"{d.method} at {d.hook}") for d in directions]
@@ -48,14 +54,19 @@ def provenance(
     return rows
 
 
-def _facts(source: Mapping[str, Any]) -> str:
-    """A source in one line, hashes shortened; of a model only that of its weights, since the page's own model stands
-    above."""
-    facts = []
-    for key, value in source.items():
-        if key == "model" and isinstance(value, Mapping):
-            value = str(value.get("weights_sha256", value.get("name")))[:16]
-        if key.endswith("sha256"):
-            value = str(value)[:16]
-        facts.append(f"{key} {dumps(value, default=str) if isinstance(value, Mapping | list) else value}")
-    return ", ".join(facts) or "source unknown"
+def _facts(source: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A source as names and texts."""
+    return [(name, _plain(name, value)) for name, value in source.items()] or [("source", "unknown")]
+
+
+def _plain(name: str, value: Any) -> str:
+    """A value in words. Of a model only the hash of its weights, shortened: the page's own model stands above."""
+    if name == "model" and isinstance(value, Mapping):
+        return f"weights sha256 {str(value.get('weights_sha256', value.get('name')))[:16]}"
+    if name.endswith("sha256"):
+        return str(value)[:16]
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key} {_plain(str(key), inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain("", inner) for inner in value)
+    return "none" if value is None else str(value)
