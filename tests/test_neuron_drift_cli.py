@@ -78,7 +78,8 @@ def test_what_a_run_froze_is_left_out_on_the_disk_as_while_it_trained(
     watched = {"monitor.groups": [f"{groups}:entries", f"{groups}:units"], "tuning.freeze": [f"{groups}:entries"]}
     out = run(read_config(None, {**SETTINGS, **watched, "training.max_steps": 2, "out": tmp_path / "run"})).out
     said = command("organism", out, "--groups", groups, "--device", "cpu").stdout
-    assert "100.0% of its weights were frozen in run; they are left out" in said
+    assert "100.0% of its weights were frozen in the run run; they are left out" in said
+    assert "Nothing of it could move, so there is nothing to compare" in said
     assert "withheld: single weights were frozen in its neurons (" in said
     assert "H1 (fragile safety: the group moves farther than random partners): withheld" in said
     rows = [r for r in load_artifact(out, kind="finetune").measurements if r.step == 2 and r.split == "total"]

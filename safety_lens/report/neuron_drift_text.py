@@ -45,9 +45,12 @@ def _group(name: str, group: Mapping[str, Any], margin: float) -> Iterator[str]:
         yield f"{outside:.1%} of its weights lie in matrices without an adapter and could not move; they are left out."
     for run, held in group["held_share"].items():
         if held:
-            yield f"{held:.1%} of its weights were frozen in {run}; they are left out, and are nobody's partners."
+            yield f"{held:.1%} of its weights were frozen in the run {run}; they are left out, and are nobody's partners."
     if not group["tests"]:
         yield "Nothing of it could move: no matrix of the group was adapted."
+        return
+    if all(held == 1 for held in group["held_share"].values()):
+        yield "Nothing of it could move, so there is nothing to compare."
         return
     for run, sides in group["final"].items():
         for side, moved in sides.items():
