@@ -393,8 +393,9 @@ def test_the_table_shows_all_of_its_columns_and_says_their_order(browser: chromi
     assert browser.run(f"{box}.scrollHeight > {box}.clientHeight")  # there is a vertical bar, which takes room
     assert browser.run(f"{box}.scrollWidth <= {box}.clientWidth")
     assert "each by |snip|, the largest first" in texts(browser, "#sorted")[0]
-    opened(browser, made(scores=()).html, tmp_path)
-    assert "in the order in which their groups gave them" in texts(browser, "#sorted")[0]
+    for scores in ((), ("of other units",)):
+        opened(browser, made(scores=scores).html, tmp_path)
+        assert "in the order in which their groups gave them" in texts(browser, "#sorted")[0]
 
 
 def test_the_legend_says_what_a_value_is_and_a_heads_starts_at_0(browser: chromium.Browser, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def _group(name: str, group: Mapping[str, Any], margin: float) -> Iterator[str]:
         yield f"{outside:.1%} of its weights lie in matrices without an adapter and could not move; they are left out."
     for run, held in group["held_share"].items():
         if held:
-            yield f"{held:.1%} of its weights were frozen in the run {run}; they are left out, and are nobody's partners."
+            yield f"{held:.1%} of its weights were frozen in the run {run}; they are left out, and nobody's partners."
     if not group["tests"]:
         yield "Nothing of it could move: no matrix of the group was adapted."
         return

@@ -98,7 +98,8 @@
     $("rows").replaceChildren(...rows);
     $("count").textContent = `${columns.length} of ${page.columns.length} columns`;
     const by = page.scores[0];
-    $("sorted").textContent = by === undefined
+    const scored = by !== undefined && columns.some((c) => Object.hasOwn(page.columns[c].scores, by));
+    $("sorted").textContent = !scored
       ? "Neurons come before heads, in the order in which their groups gave them."
       : `Neurons come before heads, each by |${by}|, the largest first.`;
   };
