@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from safety_lens.data.labelled import IGNORED, collate
 from safety_lens.interventions.penalties import Penalty, Reading
 from safety_lens.interventions.side_effects import instructions
 from safety_lens.models import load_hf
@@ -58,14 +59,8 @@ def mixed(seed: int) -> list[tuple[Row, bool]]:
 
 
 def padded(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-    width = max(len(ids) for ids, _ in rows)
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
-    labels = torch.full_like(ids, -100)
-    for i, (row, asked) in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-        labels[i, asked : len(row)] = torch.tensor(row[asked:])
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    """One batch, loss on the answers only."""
+    return collate([{"input_ids": ids, "labels": [IGNORED] * asked + ids[asked:]} for ids, asked in rows])
 
 
 HELD_OUT = padded([tokens(row["messages"]) for row in files.finetune_rows("benign", seed=1)[:96]])

@@ -143,7 +143,7 @@ def test_scores_of_other_models_units_and_matrices_are_refused(
     scores = random_scores(model)
     with pytest.raises(ModelMismatchError, match="another model"):
         top(scores, own_keys, 0.1)
-    with pytest.raises(DataError, match="unit weight and neuron"):
+    with pytest.raises(DataError, match="differ in unit: weight and neuron"):
         set_difference(scores, random_scores(model, unit="neuron"), model, q=0.1, p=0.1)
     with pytest.raises(DataError, match="other matrices"):
         set_difference(scores, tiny(torch.tensor([1.0]), model), model, q=0.1, p=0.1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from safety_lens.errors import DataError, ModelMismatchError
-from safety_lens.probes.attribution.scores import Scores
+from safety_lens.probes.attribution.scores import Scores, check_same_kind
 from safety_lens.probes.groups import NeuronGroup, part_shapes
 from safety_lens.probes.sharing import difference
 
@@ -148,14 +148,7 @@ def _check_pair(safety: Scores, utility: Scores) -> None:
             raise DataError(
                 f"a set difference ranks importance, and these {what} scores are signed: score with signed=False"
             )
-    for what in ("unit", "method", "shapes"):
-        mine, theirs = getattr(safety, what), getattr(utility, what)
-        if mine != theirs:
-            shown = "other matrices" if what == "shapes" else f"{what} {mine} and {theirs}"
-            raise DataError(f"safety and utility scores must be of one kind; these have {shown}")
-    ours, others = (s.source.get("model", {}).get("weights_sha256") for s in (safety, utility))
-    if ours != others:
-        raise ModelMismatchError("safety and utility scores come from different models: their weights differ")
+    check_same_kind(safety, utility, ("unit", "method", "shapes"), "safety and utility scores must be of one kind")
 
 
 def _pools(scores: Scores, scope: str | None) -> tuple[str, Pools]:

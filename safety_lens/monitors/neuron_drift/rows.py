@@ -1,6 +1,6 @@
 """Drift of neuron groups as measurement rows, for the drift log and for artifacts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +12,8 @@ from safety_lens.monitors.neuron_drift.statistics import MARGIN, QUANTITIES, com
 SUBJECT = "neurons/"
 TOTAL = "total"
 QUANTILES = (5, 25, 50, 75, 95)
+LENGTHS = {"rms_change": "rms", "relative_to_weight": "relative"}
+ANGLES = {"unit_cosine": "mean_cosine", "unit_turn": "turned"}
 
 
 def drift_rows(
@@ -28,9 +30,9 @@ def drift_rows(
     rows: list[Measurement] = []
     for drift in drifts:
         total = drift.total
-        rows += [row for place in (*drift.matrices, total) for row in _lengths(drift, place)]
+        rows += [row for place in (*drift.matrices, total) for row in _moved(drift, place, LENGTHS, "entries")]
         if drift.blocks:
-            rows += [row for place in (*drift.blocks, drift.whole) for row in _angles(drift, place)]
+            rows += [row for place in (*drift.blocks, drift.whole) for row in _moved(drift, place, ANGLES, "units")]
         rows += [*_distribution(drift), *_compared(drift, margin)]
         note = f"{drift.size} weights; no matrix of it was adapted: it cannot move" if not drift.matrices else None
         rows.append(_row(drift, "outside_share", drift.outside, TOTAL, drift.size, note))
@@ -38,25 +40,12 @@ def drift_rows(
     return [replace(row, step=step, seed=seed) for row in rows]
 
 
-def _lengths(drift: GroupDrift, place: Place) -> list[Measurement]:
+def _moved(drift: GroupDrift, place: Place, fields: Mapping[str, str], n: str) -> list[Measurement]:
+    """A row of each field of what moved at a place, and of the same at its partners; n: the field that counts."""
     return [
-        row
+        _row(drift, f"{metric}{suffix}", getattr(moved, field), place.name, getattr(moved, n))
         for suffix, moved in _sides(place)
-        for row in (
-            _row(drift, f"rms_change{suffix}", moved.rms, place.name, moved.entries),
-            _row(drift, f"relative_to_weight{suffix}", moved.relative, place.name, moved.entries),
-        )
-    ]
-
-
-def _angles(drift: GroupDrift, place: Place) -> list[Measurement]:
-    return [
-        row
-        for suffix, moved in _sides(place)
-        for row in (
-            _row(drift, f"unit_cosine{suffix}", moved.mean_cosine, place.name, moved.units),
-            _row(drift, f"unit_turn{suffix}", moved.turned, place.name, moved.units),
-        )
+        for metric, field in fields.items()
     ]
 
 

@@ -21,6 +21,7 @@ from safety_lens.probes.examples import examples_sha256
 from safety_lens.probes.matrices import Matrix, matrices_of
 
 UNITS = ("weight", "neuron", "head")
+KIND = ("unit", "method", "signed", "power", "shapes")  # what scores of one kind have in common
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +107,7 @@ def merge_scores(parts: Sequence[Scores]) -> Scores:
         raise DataError("there are no scores to merge")
     first = parts[0]
     for other in parts[1:]:
-        _check_same_kind(first, other)
+        check_same_kind(first, other, KIND, "scores that are merged must be of one kind")
     if first.power not in (1, 2):
         raise DataError("sums of roots do not merge: merge the weight scores, then aggregate them")
     total = sum(part.weight for part in parts)
@@ -115,15 +116,22 @@ def merge_scores(parts: Sequence[Scores]) -> Scores:
     return replace(first, values=values, n=sum(part.n for part in parts), weight=total, source=source)
 
 
-def _check_same_kind(first: Scores, other: Scores) -> None:
-    for what in ("unit", "method", "signed", "power", "shapes"):
-        mine, theirs = getattr(first, what), getattr(other, what)
+def check_same_kind(first: Scores, other: Scores, fields: Sequence[str], why: str) -> None:
+    """Refuse two scores that differ in one of these fields or come from different models.
+
+    why: how the message begins, such as "scores that are merged must be of one kind".
+
+    Raises:
+        DataError, ModelMismatchError: what differs.
+    """
+    for name in fields:
+        mine, theirs = getattr(first, name), getattr(other, name)
         if mine != theirs:
-            shown = "cover other matrices" if what == "shapes" else f"differ in {what}: {mine} and {theirs}"
-            raise DataError(f"scores that are merged must be of one kind; these {shown}")
+            shown = "cover other matrices" if name == "shapes" else f"differ in {name}: {mine} and {theirs}"
+            raise DataError(f"{why}; these {shown}")
     mine, theirs = (part.source.get("model", {}).get("weights_sha256") for part in (first, other))
     if mine != theirs:
-        raise ModelMismatchError("scores of different models cannot be merged: their weights differ")
+        raise ModelMismatchError(f"{why}; these come from different models: their weights differ")
 
 
 def _merged(parts: Sequence[tuple[Tensor, float]], total: float, power: int) -> Tensor:
