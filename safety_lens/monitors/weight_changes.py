@@ -123,7 +123,7 @@ def checkpoint_changes(base: PreTrainedModel, tuned: PreTrainedModel) -> Iterato
         if place is None or not key.endswith(".weight"):
             continue
         old, new = (_upright(base, name, p.detach()) for p in (parameter, after[key]))
-        change = new.double() - old.double()
+        change = _difference(new, old)
         if change.any():
             yield _change(base, name, place, change, None, old)
 
@@ -133,7 +133,7 @@ def _adapted(base: PreTrainedModel, name: str, module: Any, place: tuple[int, bo
         replaced: Any = saved_module(module)
         original: Any = module.original_module
         old, new = (_upright(base, name, m.weight.detach()) for m in (original, replaced))
-        return _change(base, name, place, new.double() - old.double(), None, old)
+        return _change(base, name, place, _difference(new, old), None, old)
     names = list(active_adapters(module))
     layer: Any = base_layer(module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module)
     old = _upright(base, name, dequantised(layer))
@@ -148,6 +148,11 @@ def _adapted(base: PreTrainedModel, name: str, module: Any, place: tuple[int, bo
     with torch.no_grad():
         fold_slot(Slot(name, module, plain), names)
     return _change(base, name, place, _upright(base, name, plain.weight.detach()) - old.double(), None, old)
+
+
+def _difference(new: Tensor, old: Tensor) -> Tensor:
+    """new − old in float64, with no other copy."""
+    return new.to(torch.float64, copy=True).sub_(old)
 
 
 def _change(
