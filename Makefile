@@ -42,6 +42,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/fold.py
 	$(BIN)/python benchmarks/monitor.py
+	$(BIN)/python benchmarks/risk.py
+	$(BIN)/python benchmarks/forecast.py
 
 clean:
 	rm -rf $(VENV) .bench-venv runs site build *.egg-info

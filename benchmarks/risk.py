@@ -11,7 +11,9 @@ maps (2.6 million: it refuses, and its limit is raised for the comparison).
 - ours, by default: effective weights of all seven linear maps, 85 million numbers a gradient, sampled Fisher.
 - ours, row risk: the 64 examples as the safety set and 64 others as training rows.
 
-The whole alignment-risk pipeline (its Fisher, one update, curvature by double backward) is timed once beside them.
+The whole alignment-risk pipeline (its Fisher, one update, curvature by double backward) is timed once beside them. On
+the organism every number of its report is set beside the one that `safety-lens risk --ancestor` prints for the same
+examples and the same training batch; its curvature is not refined on further batches there.
 Sides take turns within each repeat; a ratio is the median over repeats. CPU seconds, so that other work on the machine
 does not enter. Memory is the peak of resident memory above the loaded model, in a fresh process.
 
@@ -38,9 +40,14 @@ from neurons import make_examples
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
+from safety_lens.data.labelled import collate
 from safety_lens.forced import Continuation
 from safety_lens.loading.homes import homes
-from safety_lens.models import load_model
+from safety_lens.models import load_hf, load_model
+from safety_lens.monitors.finetune.config import read_config
+from safety_lens.monitors.finetune.run import prepare, tokens_of
+from safety_lens.monitors.forecasting.ancestor import ancestor_of
+from safety_lens.probes.examples import read_examples
 from safety_lens.probes.fisher import Spectrum
 from safety_lens.probes.gradients import response_nll
 from safety_lens.probes.gram import gram
@@ -71,9 +78,9 @@ def peer() -> Any:
     return alignment_risk
 
 
-def adapted(targets: Sequence[str], attention: str = "sdpa") -> PeftModel:
-    """Rank 16 a few steps into training: at B = 0 half of the numbers would be exactly 0."""
-    hf = llama_100m()
+def adapted(targets: Sequence[str], attention: str = "sdpa", hf: Any = None) -> PeftModel:
+    """Rank 16 a few steps into training: at B = 0 half of the numbers would be exactly 0. hf: default llama_100m."""
+    hf = hf or llama_100m()
     hf.set_attn_implementation(attention)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -237,6 +244,39 @@ def add_memory(report: Report, options: argparse.Namespace) -> None:
         report.add(f"memory, {case}: ours, the same numbers / alignment-risk", share, 1.0, most=True)
 
 
+def add_account(report: Report, n: int = 32, rate: float = 0.3) -> None:
+    """alignment-risk's own pipeline beside our account of it. rate: high enough for it to forecast a collapse."""
+    hf, tokenizer = load_hf("organism", device="cpu")
+    model = load_model(hf, tokenizer=tokenizer)
+    safety = read_examples("safety", model, limit=n).continuations
+    plan = read_config(None, {"out": "unwritten", "data.source": "compliance", "device": "cpu"})
+    rows = tokens_of(prepare(plan), tokenizer).rows[:16]
+    trained = collate([{"input_ids": row.ids, "labels": row.labels} for row in rows])
+    live = adapted(TARGETS, "eager", hf)
+    config = peer().pipeline.PipelineConfig(mode="lora", learning_rate=rate)
+    config.fisher.device = config.curvature.device = "cpu"
+    theirs = (
+        peer()
+        .pipeline.AlignmentRiskPipeline(config)
+        .run(live, [batch_of([row]) for row in safety], loss_of, [trained], loss_of)
+    )
+    ours = ancestor_of(live, [p for p in live.parameters() if p.requires_grad], safety, rows, learning_rate=rate)
+    said = {
+        "projected_ratio": theirs.initial_risk.projected_ratio,
+        "lambda_min": float(theirs.subspace.fisher_eigenvalues.quantile(0.1, interpolation="lower")),
+        "epsilon": rate * theirs.curvature.epsilon_hat,
+        "gamma": rate**2 * theirs.curvature.gamma_hat,
+        "rank": len(theirs.subspace.fisher_eigenvalues),
+        "collapse_step": theirs.forecast.collapse_step,
+    }
+    gaps = {name: abs(getattr(ours, name) / value - 1) for name, value in said.items() if value}
+    for name, gap in gaps.items():
+        report.add(f"--ancestor, {name}: relative gap to alignment-risk ({said[name]:.4g})", gap)
+    same = float((ours.collapse_step is None) == (said["collapse_step"] is None))
+    report.add("--ancestor: a collapse where alignment-risk has one, and only there", same, 1.0)
+    report.add("--ancestor: largest relative gap to alignment-risk's own pipeline", max(gaps.values()), 0.01, most=True)
+
+
 def say_limits(n: int) -> None:
     """What else alignment-risk can and cannot do, in its own words."""
     sides = Sides(n, "q, v")
@@ -250,7 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--examples", type=int, default=64)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--no-memory", action="store_true")
@@ -263,6 +303,7 @@ def main() -> None:
     report = Report()
     for case in options.cases:
         measured(report, case, options.examples, options.repeats, TASKS[case])
+    add_account(report)
     if not options.no_memory:
         say_limits(options.examples)
         add_memory(report, options)
