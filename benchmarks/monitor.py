@@ -132,7 +132,7 @@ def measured(report: Report, name: str, live: PeftModel, tokenizer: Any, pairs: 
         f"{name}: measurements, % of training, every {every} steps", 100 * ours / (every * step), target, most=True
     )
     same = unprobed(live, concepts, tokenizer, None)
-    one = unprobed(live, concepts, tokenizer, [f"blocks.{peer_layer(live)}.hook_resid_post"])
+    one = unprobed(live, concepts, tokenizer, [f"blocks.{peer_layer(live) - 1}.hook_resid_post"])
     live.eval()
     with tempfile.TemporaryDirectory() as folder:
         theirs = cpu_seconds(peer_measurement(live, tokenizer, pairs, Path(folder)), repeats=1)
@@ -150,7 +150,9 @@ def unprobed(live: PeftModel, concepts: Sequence[Concept], tokenizer: Any, hooks
 
 
 def peer_layer(live: PeftModel) -> int:
-    """The block that safety-compass is told to read: its users give one for each concept."""
+    """What safety-compass is told to read: its users give a layer for each concept. It counts hidden states, of which
+    the first is the embedding, so layer n is what block n − 1 puts out.
+    """
     return int(live.config.num_hidden_layers) // 2
 
 
