@@ -21,6 +21,7 @@ SETTINGS = {
     "monitor.concepts": ["refusal", "toxicity"],
     "monitor.every": 8,
     "monitor.stop.faster": 1,
+    "monitor.on_alarm": [],  # the table below says it
 }
 """Small enough to take under a minute a run; the compliance run loses its refusals within it."""
 

@@ -11,7 +11,7 @@ from safety_lens.cli.neurons_page import page
 
 SIZES = "0.003"
 EXAMPLES, PROMPTS, DRAWS = 64, 24, 20
-FROZEN_STEPS = 16
+FROZEN_STEPS = 40
 
 
 def find_neurons(out: Path, *, seed: int = 0, device: str = "auto") -> None:

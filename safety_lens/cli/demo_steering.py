@@ -156,14 +156,11 @@ def _equal_cost(model: "HookedTransformer", out: Path, seed: int) -> None:
 
 
 def _show_costs(found: Any) -> None:
-    from rich import box
-    from rich.table import Table
-
     from safety_lens.report.tables import p_value, with_interval
+    from safety_lens.report.whole_words import WordTable
 
-    table = Table(title=f"Change of {found.scorer}, {found.n} prompts", box=box.SIMPLE_HEAD)
-    for column in ("method", "strength", "benign KL", "effect", "broken", "p, against 20\nrandom directions"):
-        table.add_column(column)
+    columns = ("method", "strength", "benign KL", "effect", "broken", "p, against 20 random directions")
+    table = WordTable(*columns, title=f"Change of {found.scorer}, {found.n} prompts")
     for result in found.results:
         if (point := result.point) is None:
             continue

@@ -22,24 +22,20 @@ COLUMNS = (
 
 def suppression(model: "HookedTransformer", out: Path, seed: int) -> None:
     """All modes at one cost on one category, then one question before and after, with a page of the tokens touched."""
-    from rich import box
-    from rich.table import Table
-
     from safety_lens.cli.suppress_output import show, write_page
     from safety_lens.data.pairs import last_user_text
     from safety_lens.interventions.suppression import before_after, compare_modes, suppress
     from safety_lens.interventions.suppression.compared import mode_cells
+    from safety_lens.report.whole_words import WordTable
 
     terminal.out.print(
         f"\n[bold]5. Suppressing an artifact:[/bold] hedging on {CATEGORY} questions, five modes at 0.1 nat."
     )
     results = compare_modes(model, categories=[CATEGORY], seed=seed, cache=False)
     rows = [mode_cells(result) for result in results]
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in COLUMNS:
-        table.add_column(column, overflow="fold")
+    table = WordTable(*COLUMNS)
     for row in rows:
-        table.add_row(*(row[column].replace(" [", "\n[") for column in COLUMNS))
+        table.add_row(*(row[column] for column in COLUMNS))
     terminal.out.print(table)
     terminal.out.print("* touches too few natural tokens to cost as much: at its strongest within the budget")
     best = suppress(model, mode="proximity", scale=2.0, categories=[CATEGORY], report=False, cache=False, seed=seed)

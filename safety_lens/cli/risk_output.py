@@ -211,16 +211,14 @@ def _show(report: "RiskReport", notes: Sequence[str], rows: "Sequence[Measuremen
 
 
 def _table(report: "RiskReport") -> Any:
-    from rich import box
-    from rich.table import Table
 
     from safety_lens.monitors.forecasting.saved import curves_of
+    from safety_lens.report.whole_words import WordTable
 
-    table = Table(
-        box=box.SIMPLE_HEAD, title=f"KL per token on {report.n_safety} safe answers, plan of {report.steps} steps"
-    )
-    for column in ("forecast", f"step to {report.budget.limit:g}", "95 %", "KL at the end", "known"):
-        table.add_column(column, justify="left" if column == "forecast" else "right")
+    table = WordTable(
+        "forecast", f"step to {report.budget.limit:g}", "95 %", "KL at the end", "known",
+        title=f"KL per token on {report.n_safety} safe answers, plan of {report.steps} steps",
+    )  # fmt: skip
     for name, curve in curves_of(report).items():
         when = curve.reaches
         table.add_row(

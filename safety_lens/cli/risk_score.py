@@ -90,8 +90,7 @@ def show_score(rows: "Sequence[Measurement]") -> None:
 
     The ratio at every checkpoint is in the rows.
     """
-    from rich import box
-    from rich.table import Table
+    from safety_lens.report.whole_words import WordTable
 
     found: dict[str, dict[str, dict[str, Measurement]]] = {}
     for row in rows:
@@ -100,10 +99,7 @@ def show_score(rows: "Sequence[Measurement]") -> None:
             run.setdefault(row.subject.removeprefix("score/"), {})[row.metric] = row
     for name, lines in found.items():
         title = "Forecasts beside what was measured" + (f": {name}" if name else "")
-        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("forecast", no_wrap=True)
-        for column in HEADINGS:
-            table.add_column(column, overflow="fold")
+        table = WordTable("forecast", *HEADINGS, title=title)
         for forecast, numbers in lines.items():
             cells = [CELLS[metric](numbers[metric]) if metric in numbers else "" for metric in SCORED]
             table.add_row(forecast.replace("_", " "), *cells)
