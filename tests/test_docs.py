@@ -69,7 +69,7 @@ def run_command(line: str, expected_exit: int) -> str:
     from safety_lens.cli import main, terminal
 
     said, complained = io.StringIO(), io.StringIO()
-    argv, width = sys.argv, terminal.out.width
+    argv, width = sys.argv, terminal.out._width  # rich's property reads the terminal; setting it back would fix it
     sys.argv, terminal.out.width = shlex.split(line), WIDTH
     code = 0
     try:
@@ -78,7 +78,7 @@ def run_command(line: str, expected_exit: int) -> str:
     except SystemExit as stop:
         code = int(stop.code or 0)
     finally:
-        sys.argv, terminal.out.width = argv, width
+        sys.argv, terminal.out._width = argv, width
     assert code == expected_exit, f"{line}: exit code {code}, expected {expected_exit}\n{complained.getvalue()}"
     return said.getvalue() + (complained.getvalue() if expected_exit else "")
 
