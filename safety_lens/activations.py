@@ -112,6 +112,11 @@ def capture(
         HookNameError: a hook the model does not have.
         ModelError: a hook without a token axis (attention patterns and scores).
     """
+    if isinstance(hooks, str) or not isinstance(positions, Positions):
+        raise DataError(
+            f"hooks is a list of names and positions a rule such as last_token, got {hooks!r} and {positions!r};"
+            " parse_positions('last') makes a rule of a name"
+        )
     check_hooks(model, hooks)
     named = named_hooks(model, edits)
     if not prompts:

@@ -412,3 +412,9 @@ def test_requests_that_cannot_be_met_say_why(arguments: dict[str, Any], message:
 def test_text_for_a_model_without_a_tokenizer_is_refused() -> None:
     with pytest.raises(ModelError, match="no tokenizer"):
         capture(load_model(zoo.make("llama"), check=False), ["w5"], ["hook_embed"])
+
+
+def test_a_name_where_a_list_of_hooks_belongs_is_said() -> None:
+    _, model = pair("llama")
+    with pytest.raises(DataError, match="hooks is a list of names"):
+        capture(model, prompts(), "blocks.0.hook_resid_post")

@@ -478,3 +478,8 @@ def test_on_a_real_model_the_happy_sad_direction_drifts_a_little_with_an_interva
     assert rows["auroc_fixed", 40].low > 0.5
     losses = values(result, "loss")
     assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_a_run_of_no_steps_is_refused_and_not_made_one_of_one() -> None:
+    with pytest.raises(DataError, match=r"max_steps.*at least 1, or -1"):
+        read_config(None, {"out": "unwritten", "data.source": "benign", "training.max_steps": 0})

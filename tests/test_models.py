@@ -722,3 +722,13 @@ def test_a_real_pretrained_model_loads_with_its_tokenizer(shared: Path) -> None:
     model = load_model(shared / "models" / "stories260K-hf")
     assert model.origin.architecture == "LlamaForCausalLM"
     assert model.tokenizer is not None
+
+
+def test_a_name_that_is_nearly_another_and_a_file_cut_short_are_said(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="did you mean organism"):
+        load_model("organsm")
+    zoo.make("llama").save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match="cannot load the model"):
+        load_model(tmp_path / "model")

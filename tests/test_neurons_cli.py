@@ -116,7 +116,7 @@ def test_heads_are_found_at_the_shares_that_are_theirs_by_default(tmp_path: Path
     assert 1 <= groups["set-difference"].size == groups["random"].size <= heads // 8
     assert load_artifact(out).manifest["arguments"]["q"] == 0.125
     narrow = verb("identify", "--out", tmp_path / "n", "--n-examples", "4", "--unit", "head", "--top", "0.01", *CPU)
-    assert f"a share of 0.0313 gives 1 of {heads}" in str(narrow.exception)
+    assert f"a share of 0.032 gives 1 of {heads}" in str(narrow.exception)
     layer = verb("identify", "--out", tmp_path / "n", "--n-examples", "4", "--unit", "head", "--scope", "layer", *CPU)
     assert f"a share of {1 / model.cfg.n_heads:g} gives 1 of {model.cfg.n_heads}" in str(layer.exception)
     assert "or a wider scope" in str(layer.exception)

@@ -11,7 +11,6 @@ from safety_lens.cli.neurons_page import page
 
 SIZES = "0.003"
 EXAMPLES, PROMPTS, DRAWS = 64, 24, 20
-FROZEN_STEPS = 40
 
 
 def find_neurons(out: Path, *, seed: int = 0, device: str = "auto") -> None:
@@ -40,7 +39,7 @@ def freeze_and_compare(out: Path, free: Path, *, seed: int = 0, device: str = "a
         terminal.err.print(f"fine-tuning on compliance data with the group {group} frozen")
         config = planned(
             "compliance", out / name, seed=seed, device=device, tuning__freeze=[f"{out / 'weights'}:{group}"],
-            monitor__concepts=["refusal"], monitor__every=FROZEN_STEPS, training__max_steps=FROZEN_STEPS,
+            monitor__concepts=["refusal"],
         )  # fmt: skip
         run(config, overwrite=True)
     return report_drift([free, *(out / name for name in runs)], out / "figures")

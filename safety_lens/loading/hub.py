@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -86,6 +88,19 @@ def resolve(source: str | Path, adapter: str | Path | None = None) -> Source:
     raise ModelError(f"{name} is not a model folder: it has neither config.json nor adapter_config.json")
 
 
+def _nearest(base: str) -> str:
+    """What a name that is no folder may have been meant for."""
+    path = Path(base).expanduser()
+    if path.exists():
+        return ""
+    if path.parent == Path():
+        near = get_close_matches(base, ["organism"], cutoff=0.7)
+    else:
+        beside = sorted(str(p) for p in path.parent.iterdir()) if path.parent.is_dir() else []
+        near = get_close_matches(base, beside, cutoff=0.7)
+    return f" (there is no folder of that name; did you mean {near[0]}?)" if near else ""
+
+
 def read_model(
     base: str, *, dtype: torch.dtype | None, device: torch.device, quantization: BitsAndBytesConfig | None = None
 ) -> PreTrainedModel:
@@ -114,8 +129,8 @@ def read_model(
             )
         except ModelError:
             raise
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelError(f"cannot load the model {base}: {first_line(error)}") from error
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ModelError(f"cannot load the model {base}{_nearest(base)}: {first_line(error)}") from error
     _refuse_mismatch(base, info)
     if next(hf.parameters()).device.type != device.type:  # quantised models refuse even a .to() that does nothing
         hf.to(device)
@@ -217,7 +232,7 @@ def put_adapter(
         warnings.simplefilter("always")
         try:
             live = PeftModel.from_pretrained(base, place)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"cannot load the adapter {place}: {first_line(error)}") from error
     missing = [str(entry.message) for entry in caught if "missing adapter keys" in str(entry.message)]
     if missing:

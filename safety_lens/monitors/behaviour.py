@@ -138,8 +138,9 @@ class Behaviour:
         ]
         rows += [row(f"token_kl_at_{k}", Interval(v, NAN, NAN), n) for k, v in now.kl_at.items()]
         if name != "facts":
-            mean = mean_interval(now.log_odds, seed=self.seed)
-            change = mean_interval(now.log_odds - old.log_odds, seed=self.seed)
+            # log-odds have no range that equal ones could be said to lie in by chance: span 0
+            mean = mean_interval(now.log_odds, span=0.0, seed=self.seed)
+            change = mean_interval(now.log_odds - old.log_odds, span=0.0, seed=self.seed)
             rows.append(row("refusal_log_odds", mean, n, before.fault))
             rows.append(row("refusal_log_odds_change", change, n, before.fault))
         return rows

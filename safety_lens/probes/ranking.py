@@ -133,8 +133,9 @@ def _pool_sizes(scores: Scores, pools: Pools, scope: str) -> list[int]:
 
 
 def _share_of_one(n: int) -> float:
-    """The smallest share of four digits of which int(share · n) is 1."""
-    return math.ceil(1e4 / n) / 1e4
+    """The smallest share of two significant digits of which int(share · n) is 1."""
+    digits = 1 - math.floor(math.log10(1 / n))
+    return float(round(math.ceil(10**digits / n) / 10**digits, digits))
 
 
 def _check_fraction(value: float, what: str) -> None:

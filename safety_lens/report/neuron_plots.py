@@ -105,6 +105,8 @@ def _panel(axes: "Axes", rows: Sequence[Measurement], measure: str) -> None:
             axes.fill_between(sizes, level[:, 1], level[:, 2], color=GREY, alpha=0.25, linewidth=0)
         ticks += sizes.tolist()
     axes.set_xscale("log")
+    if len(set(ticks)) == 1:  # a logarithmic axis around one point has no width
+        axes.set_xlim(ticks[0] / 2, ticks[0] * 2)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(sorted(set(ticks)), [f"{size:.2g}" for size in sorted(set(ticks))], fontsize=8)
     if measure in SHARES:

@@ -48,7 +48,7 @@ def forecast_figure(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    figure = Figure(figsize=(7.2, 5.4), layout="constrained")
     axes = figure.subplots()
     for name, c in curves.items():
         color, style = STYLES.get(name, (GREEN, "-"))
@@ -73,7 +73,8 @@ def forecast_figure(
         axes.set_ylim(bottom=0.3 * min(p.min() for p in positive if len(p)), top=max(10 * limit, 3.0))
     axes.set(xscale="log", xlabel="optimizer step", ylabel="KL per token on safe answers (nats)", title=title)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, title="bands: 95 %, answers and error of the law", title_fontsize=8)
+    bands = "bands: 95 %, answers and error of the law"
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False, title=bands, title_fontsize=8)
     return figure
 
 

@@ -98,6 +98,13 @@ class Training(Section):
             raise ValueError("must be a finite number")
         return value
 
+    @field_validator("max_steps")
+    @classmethod
+    def _none_or_some(cls, value: int) -> int:
+        if value == 0:  # the Trainer would take one step
+            raise ValueError("must be at least 1, or -1 for as many as the epochs have")
+        return value
+
     @model_validator(mode="after")
     def _one_half_precision(self) -> "Training":
         if self.bf16 and self.fp16:
