@@ -19,3 +19,12 @@ def shared() -> Path:
     if not folder:
         pytest.skip("SAFETY_LENS_SHARED is unset: this test reads public data that the project does not ship")
     return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def _as_wide_as_columns_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A width that an earlier test gave rich's consoles, and set back, would stand above COLUMNS from then on."""
+    from safety_lens.cli import terminal
+
+    for console in (terminal.out, terminal.err):
+        monkeypatch.setattr(console, "_width", None)
