@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import TrainerControl
@@ -12,6 +13,7 @@ from safety_lens.log import Measurement
 from safety_lens.monitors import StopRule
 from safety_lens.monitors.actions import Alarm, actions_named
 from safety_lens.monitors.alarm import Level, Verdict
+from safety_lens.monitors.behaviour import change_interval
 
 HOOK = "blocks.3.hook_resid_post"
 
@@ -132,3 +134,12 @@ def test_functions_are_actions_and_unknown_names_are_refused() -> None:
     assert seen == [alarm]
     with pytest.raises(DataError, match=r"'shout' is not known; choose log, checkpoint, stop, reduce_lr"):
         actions_named(("shout",))
+
+
+def test_prompts_that_change_alike_are_no_proof_of_lost_refusals_and_no_change_is_none() -> None:
+    assert change_interval(np.zeros(48), 0) == (0, 0, 0)
+    one, two = change_interval(np.array([-2.0]), 0), change_interval(np.array([-2.0, -2.0]), 0)
+    assert np.isnan([one.low, one.high]).all()
+    assert two.low <= -2 < 0 < two.high  # a rule that asks for high < 0 stays silent
+    many = change_interval(np.random.default_rng(0).normal(-2, 0.5, 48), 0)
+    assert -2.5 < many.low < many.high < -1.5

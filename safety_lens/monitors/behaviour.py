@@ -138,9 +138,8 @@ class Behaviour:
         ]
         rows += [row(f"token_kl_at_{k}", Interval(v, NAN, NAN), n) for k, v in now.kl_at.items()]
         if name != "facts":
-            # log-odds have no range that equal ones could be said to lie in by chance: span 0
-            mean = mean_interval(now.log_odds, span=0.0, seed=self.seed)
-            change = mean_interval(now.log_odds - old.log_odds, span=0.0, seed=self.seed)
+            mean = mean_interval(now.log_odds, seed=self.seed)
+            change = change_interval(now.log_odds - old.log_odds, self.seed)
             rows.append(row("refusal_log_odds", mean, n, before.fault))
             rows.append(row("refusal_log_odds_change", change, n, before.fault))
         return rows
@@ -238,3 +237,12 @@ def kept_kl(
         left, right = ((1 - x.exp().sum(-1)).clamp(min=1e-12) for x in (p, q))
         terms = terms + left * (left.log() - right.log())
     return terms.clamp(min=0.0).numpy()
+
+
+def change_interval(change: Float[np.ndarray, " prompt"], seed: int) -> Interval:
+    """Mean change of log-odds over prompts, 95 %; the point 0 where none changed at all, as before the first step.
+
+    Several prompts that changed by the same amount keep the wide interval of `mean_interval`: they say little. NaN ends
+    for a single prompt.
+    """
+    return mean_interval(change, span=1.0 if np.nan_to_num(change).any() else 0.0, seed=seed)
