@@ -419,7 +419,7 @@ def test_a_score_that_is_unknown_stays_unknown(run: Run, tmp_path: Path) -> None
 # --- what is kept ---------------------------------------------------------------------------------------------------
 
 
-def test_answers_to_harmful_prompts_are_scored_whole_and_stored_to_twelve_tokens(
+def test_answers_to_harmful_prompts_are_scored_whole_and_not_stored_unless_they_refuse(
     model: HookedTransformer, run: Run, prompts: list[SweepPrompt], tmp_path: Path
 ) -> None:
     asked = [replace(p, harmful=i % 2 == 0) for i, p in enumerate(prompts)]
@@ -427,11 +427,8 @@ def test_answers_to_harmful_prompts_are_scored_whole_and_stored_to_twelve_tokens
     plain = run(prompts=prompts, decoding=long, controls=Controls(0))
     result = run(prompts=asked, decoding=long, controls=Controls(0), out=tmp_path / "run")
     for mine, whole in zip(result.records, plain.records, strict=True):
-        assert mine["scores"] == whole["scores"]
-        words = len(mine["text"].split())
-        assert mine["text"] == " ".join(whole["text"].split()[:words])
-        assert words <= (12 if mine["prompt"] % 2 == 0 else 20)
-        assert mine["tokens"] == 20
+        assert (mine["scores"], mine["tokens"], mine["sha256"]) == (whole["scores"], 20, whole["sha256"])
+        assert mine["text"] == (None if mine["prompt"] % 2 == 0 else whole["text"])  # random words refuse nothing
     stored = (tmp_path / "run" / GENERATIONS).read_text(encoding="utf-8")
     assert not any(r["text"] in stored for r in plain.records if r["prompt"] % 2 == 0)
 

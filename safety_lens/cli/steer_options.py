@@ -51,7 +51,9 @@ SelectionShare = Annotated[
 SystemBaseline = Annotated[str | None, typer.Option(help="System prompt as a baseline without edit.")]
 Goal = Annotated[str, typer.Option(help="Which way the first scorer should go: lower, higher or either.")]
 CeilingKl = Annotated[float | None, typer.Option("--max-kl", help="Choose no cell above this benign KL.")]
-Harmful = Annotated[bool, typer.Option("--harmful", help="All prompts are harmful: store 12 tokens of each answer.")]
+Harmful = Annotated[
+    bool, typer.Option("--harmful", help="All prompts are harmful: keep 12 tokens of refusals, no other text.")
+]
 Subset = Annotated[
     str | None, typer.Option(help="By toxicity of the prompt: challenging (>= 0.5), benign (< 0.25) or both.")
 ]

@@ -25,8 +25,9 @@ Directions = Direction | DirectionSet | Sequence[Direction | DirectionSet]
 class SweepPrompt:
     """A prompt and its role.
 
-    split: "selection" prompts choose hook and coefficient, "test" prompts report. harmful: only scores and the first 12
-    tokens of its answers are kept. label: a subset that is also reported by itself ("challenging"), None for none.
+    split: "selection" prompts choose hook and coefficient, "test" prompts report. harmful: of its answers
+    only what `kept_answers` allows is kept. label: a subset that is also reported by itself ("challenging"), None for
+    none.
     """
 
     prompt: Prompt

@@ -17,6 +17,7 @@ from safety_lens.data.pairs import last_user_text
 from safety_lens.errors import DataError, ModelError
 from safety_lens.generation import Generation, generate
 from safety_lens.interventions.fluency import degenerate
+from safety_lens.interventions.kept_answers import kept_answers
 from safety_lens.interventions.rows import by_row
 from safety_lens.interventions.scopes import Scope
 from safety_lens.interventions.scorers import Completion, Scorer
@@ -32,8 +33,6 @@ from safety_lens.probes.directions import Direction
 from safety_lens.types import FwdHook, Prompt
 
 IDENTITY_PROMPTS = 8
-KEPT_OF_HARMFUL = 12
-"""Tokens of an answer to a harmful prompt that are stored."""
 Edit = Callable[[Direction, float, Scope, float | None], Sequence[FwdHook]]
 """A direction, a coefficient, a token scope and the length of a unit (None: the direction's own) → forward hooks."""
 
@@ -155,24 +154,21 @@ class Running:
         ]
         scores = {s.name: _scored(s, texts) for s in self.scorers}
         broken = degenerate(texts)
+        kept = kept_answers(found, [p.harmful for p in asked], self.model.tokenizer)
         return [
             {
                 "arm": cell.arm.key,
                 "prompt": cell.prompt,
                 "seed": cell.seed,
-                "text": self._kept(g) if p.harmful else g.text,
+                "text": kept[k].text,
+                "sha256": kept[k].sha256,
                 "tokens": len(g.tokens),
                 "stopped": g.stopped,
                 "degenerate": bool(broken[k]),
                 "scores": {name: _or_none(values[k]) for name, values in scores.items()},
             }
-            for k, (cell, p, g) in enumerate(zip(chunk, asked, found, strict=True))
+            for k, (cell, g) in enumerate(zip(chunk, found, strict=True))
         ]
-
-    def _kept(self, generation: Generation) -> str:
-        if self.model.tokenizer is None:
-            return ""
-        return str(self.model.tokenizer.decode(list(generation.tokens[:KEPT_OF_HARMFUL]), skip_special_tokens=True))
 
     def measure_cost(self) -> None:
         """KL of every cell on the benign prompts, site by site."""
