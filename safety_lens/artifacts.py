@@ -4,6 +4,7 @@ An artifact is written to a temporary folder beside its place and renamed, so a 
 Loading checks kind, schema, file hashes and, where a model is given, that it is the model the artifact was made with.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from safety_lens.errors import ArtifactError, ModelMismatchError
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
 SCHEMA = 1
 SAMPLE = 65_536  # values of each tensor that enter a fingerprint
 MANIFEST, MEASUREMENTS = "manifest.json", "measurements.jsonl"
+UNLISTED = {
+    "monitor": ("figures/drift-*.png", "figures/*/drift-*.png"),
+    "neuron-drift": ("figures/neurons-*.png", "figures/*/neurons-*.png"),
+    "groups": tuple(f"halves/{name}" for name in (MANIFEST, MEASUREMENTS, "groups.safetensors")),
+}
+"""Patterns of files in subfolders, per kind of artifact: manifests of version 0.1 list the top level alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,13 +114,13 @@ def save_artifact(
         arguments: every setting that shaped the content; must be JSON.
         extra: further manifest entries.
         attach: writes further files (plots, kept activations) into the folder before it is sealed.
-        overwrite: replace an artifact that is already there (never a folder that is not one).
+        overwrite: replace an artifact of this kind that is already there, if it holds no other files.
 
     Raises:
         ArtifactError: the place is taken, or cannot be written.
     """
     path = Path(path)
-    check_place(path, overwrite)
+    check_place(path, kind, overwrite)
     manifest = _manifest(kind, model, arguments, extra)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,6 +132,7 @@ def save_artifact(
             attach(temporary)
         _write_content(temporary, kind, tensors or {}, measurements, manifest)
         temporary.chmod(0o755)
+        check_place(path, kind, overwrite)  # again: somebody may have used the folder in the meantime
         _move_into_place(temporary, path)
     except OSError as error:
         raise ArtifactError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
@@ -137,6 +145,7 @@ def seal(
     folder: Path,
     kind: str,
     *,
+    files: Sequence[str],
     model: "HookedTransformer | None" = None,
     measurements: Sequence[Measurement] = (),
     arguments: Mapping[str, Any] | None = None,
@@ -144,11 +153,14 @@ def seal(
 ) -> None:
     """Make a folder that long work has filled bit by bit an artifact: the manifest comes last and at once.
 
+    Args:
+        files: Patterns of the files that belong to it; what else lies in the folder does not enter the manifest.
+
     Raises:
         ArtifactError: it cannot be written.
     """
     try:
-        _write_content(folder, kind, {}, measurements, _manifest(kind, model, arguments, extra))
+        _write_content(folder, kind, {}, measurements, _manifest(kind, model, arguments, extra), files)
     except OSError as error:
         raise ArtifactError(f"cannot write {folder}: {error.strerror or error}; what is there is kept") from error
 
@@ -172,11 +184,17 @@ def _manifest(
     return manifest
 
 
-def check_place(path: Path, overwrite: bool = False) -> None:
+def check_place(path: Path, kind: str, overwrite: bool = False, unlisted: Sequence[str] = ()) -> None:
     """Refuse a place that cannot be written, before any long work is done for it.
 
+    Args:
+        kind: Kind of artifact that is to be written; no other kind is replaced.
+        overwrite: Accept an artifact of this kind, if every file in it is in its manifest or among the patterns.
+        unlisted: Patterns of further files that belong to an artifact of this kind.
+
     Raises:
-        ArtifactError: it holds something, or its nearest existing parent cannot be written.
+        ArtifactError: it holds something else (foreign files are named), or its nearest existing parent cannot be
+            written.
     """
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -187,6 +205,44 @@ def check_place(path: Path, overwrite: bool = False) -> None:
         raise ArtifactError(f"{path} exists and is not an artifact; choose another --out")
     if not overwrite:
         raise ArtifactError(f"{path} already holds an artifact; choose another --out or pass --overwrite")
+    try:
+        listed = read_manifest(path, kind).get("files")
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"--overwrite replaces {kind!r} artifacts alone, and {error}; choose another --out"
+        ) from error
+    known = [MANIFEST, *(map(glob.escape, listed) if isinstance(listed, dict) else ())]
+    refuse_foreign(path, [*known, *UNLISTED.get(kind, ()), *unlisted])
+
+
+def refuse_foreign(folder: Path, known: Sequence[str]) -> None:
+    """Refuse a folder that is to be replaced where it holds files that are not known, and name them.
+
+    Args:
+        known: Patterns of the files that may be removed, relative to the folder; `*` stays within one name.
+
+    Raises:
+        ArtifactError: a file or a link that no pattern matches.
+    """
+    foreign = [name for name in _files_below(folder) if not _matches(name, known)]
+    if foreign:
+        shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
+        raise ArtifactError(
+            f"--overwrite would delete what this command did not write in {folder}: {shown}; move these files away or"
+            " choose another --out"
+        )
+
+
+def _files_below(folder: Path) -> list[str]:
+    """Files and links below a folder, relative to it."""
+    below = [(Path(at), *names) for at, *names in os.walk(folder)]
+    names = [at / name for at, folders, files in below for name in (*files, *folders)]
+    return sorted(p.relative_to(folder).as_posix() for p in names if p.is_symlink() or not p.is_dir())
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    path = PurePosixPath(name)
+    return any(len(path.parts) == len(PurePosixPath(p).parts) and path.match(p) for p in patterns)
 
 
 def _write_content(
@@ -195,6 +251,7 @@ def _write_content(
     tensors: "Mapping[str, Tensor]",
     measurements: Sequence[Measurement],
     manifest: dict[str, Any],
+    belonging: Sequence[str] | None = None,
 ) -> None:
     from safetensors.torch import save_file
 
@@ -203,9 +260,8 @@ def _write_content(
             {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, folder / f"{kind}.safetensors"
         )
     write_measurements(folder / MEASUREMENTS, measurements)
-    manifest["files"] = {
-        f.name: sha256_of(f) for f in sorted(folder.iterdir()) if f.is_file() and not f.name.startswith(".")
-    }
+    names = [name for name in _files_below(folder) if belonging is None or _matches(name, belonging)]
+    manifest["files"] = {name: sha256_of(folder / name) for name in names if name != MANIFEST}
     unfinished = folder / f".{MANIFEST}"
     with unfinished.open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=2, ensure_ascii=False, allow_nan=False)

@@ -68,9 +68,10 @@ def read_measurements(path: Path) -> list[Measurement]:
         ArtifactError: a line is not a measurement; the message carries file and line.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(Measurement.from_row(json.loads(line)))
-        except (ValueError, TypeError) as error:  # ArtifactError and JSONDecodeError are ValueErrors
-            raise ArtifactError(f"{path}, line {number}: not a measurement row ({error})") from error
+    with path.open(encoding="utf-8", newline="\n") as file:  # not splitlines: U+2028 in a name is no end of a line
+        for number, line in enumerate(file, 1):
+            try:
+                rows.append(Measurement.from_row(json.loads(line)))
+            except (ValueError, TypeError) as error:  # ArtifactError and JSONDecodeError are ValueErrors
+                raise ArtifactError(f"{path}, line {number}: not a measurement row ({error})") from error
     return rows

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safety_lens.artifacts import Artifact, fingerprint, load_artifact, save_art
 from safety_lens.errors import ArtifactError, ModelMismatchError
 from safety_lens.log import Measurement, read_measurements, write_measurements
 from safety_lens.models import load_model
+from safety_lens.monitors.drift_log import DriftLog, read_log
 
 NAN = float("nan")
 TENSORS = {"joy/dim/blocks.0.hook_resid_post": torch.tensor([1.0, -2.0, 3e-8])}
@@ -255,12 +257,85 @@ def test_arguments_that_json_cannot_hold_are_an_error_and_leave_nothing(tmp_path
 def test_an_artifact_is_replaced_only_on_request_and_whole(tmp_path: Path) -> None:
     path = save_artifact(tmp_path / "run", "directions", tensors=TENSORS)
     with pytest.raises(ArtifactError, match=r"already holds an artifact.*--overwrite"):
-        save_artifact(path, "other")
-    assert load_artifact(path).kind == "directions"
-    save_artifact(path, "other", overwrite=True)
+        save_artifact(path, "directions")
+    assert load_artifact(path).tensors
+    save_artifact(path, "directions", overwrite=True)
     found: Artifact = load_artifact(path)
-    assert (found.kind, found.tensors) == ("other", {})
+    assert (found.kind, found.tensors) == ("directions", {})
     assert left_behind(tmp_path) == ["run"]
+
+
+def test_an_artifact_of_another_kind_is_never_replaced(folder: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"replaces 'other' artifacts alone.*holds 'directions'"):
+        save_artifact(folder, "other", overwrite=True)
+    assert load_artifact(folder).tensors
+
+
+def with_figures(place: Path) -> None:
+    (place / "figures" / "[run]").mkdir(parents=True)
+    for name in ("figures/drift-cosine.png", "figures/[run]/drift-cosine.png", "joy [1].png"):
+        (place / name).write_bytes(b"picture")
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", "figures/mine.png", "figures/[run]/mine.png", "deep/er/x", ".hidden"])
+@pytest.mark.parametrize("version", ["this", "0.1"])
+def test_files_that_no_verb_wrote_are_named_and_survive_and_the_artifact_too(
+    foreign: str, version: str, tmp_path: Path
+) -> None:
+    path = save_artifact(tmp_path / "run", "monitor", attach=with_figures)
+    if version == "0.1":  # listed the top level alone
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest["files"] = {name: sha for name, sha in manifest["files"].items() if "/" not in name}
+        (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (path / foreign).parent.mkdir(parents=True, exist_ok=True)
+    (path / foreign).write_text("years of work")
+    with pytest.raises(ArtifactError) as caught:
+        save_artifact(path, "monitor", overwrite=True)
+    assert foreign in str(caught.value)
+    assert "drift-cosine" not in str(caught.value)
+    assert (path / foreign).read_text() == "years of work"
+    assert load_artifact(path).kind == "monitor"
+    (path / foreign).unlink()
+    save_artifact(path, "monitor", overwrite=True)  # with its own files alone it is replaced
+    assert left_behind(path) == ["manifest.json", "measurements.jsonl"]
+
+
+def test_a_link_is_a_foreign_file_whatever_it_points_to(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (folder / "link").symlink_to(tmp_path / "work", target_is_directory=True)
+    with pytest.raises(ArtifactError, match=r"did not write .*: link;"):
+        save_artifact(folder, "directions", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "manifest", ['{"name": "extension", "manifest_version": 3}', "{", "[]", '{"schema": 1, "kind": "directions"}']
+)
+def test_the_manifest_of_another_program_does_not_make_an_artifact(manifest: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(manifest)
+    (tmp_path / "background.js").write_text("code")
+    with pytest.raises(ArtifactError, match="choose another --out"):
+        save_artifact(tmp_path, "directions", overwrite=True)
+    assert left_behind(tmp_path) == ["background.js", "manifest.json"]
+
+
+def test_a_file_that_came_while_the_artifact_was_made_survives(folder: Path) -> None:
+    def attach(_: Path) -> None:
+        (folder / "notes.txt").write_text("written meanwhile")
+
+    with pytest.raises(ArtifactError, match=r"notes\.txt"):
+        save_artifact(folder, "directions", attach=attach, overwrite=True)
+    assert (folder / "notes.txt").read_text() == "written meanwhile"
+    assert left_behind(folder.parent) == ["run"]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x1c", "\x0b"])
+def test_names_with_any_kind_of_line_break_come_back(mark: str, tmp_path: Path) -> None:
+    rows = [Measurement(f"a{mark}b/dim", "auroc", 0.5, 0.4, 0.6), Measurement("c", "auroc", 0.5, 0.4, 0.6, note=mark)]
+    assert load_artifact(save_artifact(tmp_path / "run", "directions", measurements=rows)).measurements == rows
+    log = DriftLog(tmp_path / "drift.jsonl")
+    log.open(0)
+    log.append([replace(row, step=1) for row in rows])
+    assert read_log(log.path) == log.rows
 
 
 def test_a_folder_or_file_that_is_not_an_artifact_is_never_replaced(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
 from typer.testing import CliRunner
 
-from safety_lens.artifacts import load_artifact
+from safety_lens.artifacts import load_artifact, save_artifact
 from safety_lens.cli import app
 from safety_lens.data.labelled import collate, tokenise
 from safety_lens.data.training import load_rows
@@ -27,9 +28,11 @@ from safety_lens.models import load_model
 from safety_lens.monitors.drift_log import read_log
 from safety_lens.monitors.finetune.config import RunConfig, differences, known_keys, parse_change, read_config
 from safety_lens.monitors.finetune.estimate import computed, measured
+from safety_lens.monitors.finetune.place import claim
 from safety_lens.monitors.finetune.run import RunResult, prepare, run
 from safety_lens.monitors.finetune.training import with_trained_weights
 from safety_lens.organism import MODEL_DIR
+from safety_lens.report.drift_plots import draw_run
 
 TINY: dict[str, Any] = {
     "model": "organism",
@@ -185,6 +188,60 @@ def test_a_place_that_cannot_be_written_or_is_taken_is_an_error(tmp_path: Path, 
     with pytest.raises(ArtifactError, match="not an artifact"):
         run(config(tmp_path / "mine"), overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+@pytest.fixture
+def copied(finished: RunResult, tmp_path: Path) -> Path:
+    """A finished run with figures, as the command line leaves it."""
+    out = Path(shutil.copytree(finished.out, tmp_path / "run"))
+    draw_run(finished.measurements, out / "figures")
+    return out
+
+
+def interrupted(out: Path) -> None:
+    for name in ("manifest.json", "measurements.jsonl"):
+        (out / name).unlink()
+
+
+def as_it_is(out: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize("state", [as_it_is, interrupted])
+@pytest.mark.parametrize("foreign", ["thesis.tex", "data/rows.csv", "checkpoints/checkpoint-2/notes", "figures/my.png"])
+def test_overwriting_a_run_names_what_it_did_not_write_and_deletes_nothing(
+    state: Callable[[Path], None], foreign: str, copied: Path
+) -> None:
+    state(copied)
+    (copied / foreign).parent.mkdir(exist_ok=True)
+    (copied / foreign).write_text("years of work")
+    before = sorted(copied.rglob("*"))
+    with pytest.raises(ArtifactError) as caught:
+        claim(config(copied), overwrite=True)
+    assert str(caught.value).count(f": {foreign};") == 1  # it alone is named
+    assert sorted(copied.rglob("*")) == before
+
+
+@pytest.mark.parametrize("state", [as_it_is, interrupted])
+def test_a_run_alone_in_its_folder_is_replaced(state: Callable[[Path], None], copied: Path) -> None:
+    state(copied)
+    claim(config(copied), overwrite=True)
+    assert [path.name for path in copied.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("text", ["# mine\nmodel: organism\nout: x\n", "name: another program\n", "{", "[1]", "\xff"])
+def test_a_config_that_no_run_wrote_does_not_make_a_run(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text, encoding="latin-1")
+    (tmp_path / "drift.jsonl").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"no run wrote its config\.yaml"):
+        claim(config(tmp_path), overwrite=True)
+    assert (tmp_path / "drift.jsonl").read_text() == "mine"
+
+
+def test_an_artifact_of_another_kind_is_not_replaced_by_a_run(tmp_path: Path) -> None:
+    save_artifact(tmp_path / "a", "directions")
+    with pytest.raises(ArtifactError, match="holds 'directions'"):
+        claim(config(tmp_path / "a"), overwrite=True)
 
 
 def test_a_log_that_cannot_be_written_is_known_before_training(tmp_path: Path) -> None:

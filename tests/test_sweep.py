@@ -571,6 +571,20 @@ def test_a_folder_that_is_no_sweep_is_left_alone(run: Run, tmp_path: Path) -> No
     assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
+def test_beginning_anew_names_what_no_sweep_wrote_and_deletes_nothing(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(out=out, controls=Controls(0))
+    (out / "thesis").mkdir()
+    (out / "thesis" / "chapter.tex").write_text("mine", encoding="utf-8")
+    before = sorted(out.rglob("*"))
+    with pytest.raises(ArtifactError, match=r"did not write .*: thesis/chapter\.tex;"):
+        run(out=out, controls=Controls(0), coeffs=(2.0,), overwrite=True)
+    (out / "manifest.json").write_text('{"name": "extension"}', encoding="utf-8")
+    with pytest.raises(ArtifactError, match="schema"):
+        run(out=out, controls=Controls(0), coeffs=(2.0,), overwrite=True)
+    assert sorted(out.rglob("*")) == before
+
+
 def test_a_damaged_line_is_an_error_and_a_torn_last_one_is_not(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run(out=out, controls=Controls(0))

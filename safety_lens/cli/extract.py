@@ -53,7 +53,7 @@ def extract(
     from safety_lens.artifacts import check_place
 
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items() if k != "check_place"}
-    check_place(out, overwrite)
+    check_place(out, "directions", overwrite)
     concepts = _concepts(concept, pairs, seed, raw)
     wanted_layers = parse_layers(layers)
     terminal.quiet_libraries()

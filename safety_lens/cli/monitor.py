@@ -41,7 +41,7 @@ def monitor(
     from safety_lens.cli.extract import parse_layers
 
     if out is not None:
-        check_place(out, overwrite)
+        check_place(out, "monitor", overwrite)
     wanted = parse_layers(layers)
     terminal.quiet_libraries()
     from safety_lens.data import load_concept

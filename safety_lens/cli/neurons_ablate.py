@@ -52,7 +52,7 @@ def ablate(
     from safety_lens.artifacts import check_place
 
     if out is not None:
-        check_place(out, overwrite)
+        check_place(out, "ablation", overwrite)
     terminal.quiet_libraries()
     from safety_lens.interventions.neuron_effects import causal_check, effect_rows
     from safety_lens.models import load_model

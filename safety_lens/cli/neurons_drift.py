@@ -55,7 +55,7 @@ def drift(
     from safety_lens.artifacts import check_place
 
     if out is not None:
-        check_place(out, overwrite)
+        check_place(out, "neuron-drift", overwrite)
     terminal.quiet_libraries()
     from safety_lens.models import load_hf, load_model
     from safety_lens.monitors.neuron_drift.saved import saved_drift

@@ -74,7 +74,7 @@ def identify(
 
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items() if k not in ("check_place",)}
     arguments.pop("parse_layers")
-    check_place(out, overwrite)
+    check_place(out, "groups", overwrite)
     shares = shares_of(unit, q=q, p=p, fraction=fraction)
     arguments |= shares
     more = parse_sizes(sizes)

@@ -78,7 +78,7 @@ def risk(
 
     given = {k: v for k, v in locals().items() if k in FLAGS and v is not None}
     if out is not None:
-        check_place(out, overwrite)
+        check_place(out, "risk", overwrite)
     terminal.quiet_libraries()
     if score and forecast:
         score_saved(forecast, score, out, overwrite, as_json)

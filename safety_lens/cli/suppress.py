@@ -72,7 +72,7 @@ def suppress(
     if out is not None:
         from safety_lens.artifacts import check_place
 
-        check_place(out, overwrite)
+        check_place(out, "suppression", overwrite)
     if html is not None and not html.absolute().parent.is_dir():
         raise DataError(f"cannot write {html}: there is no folder {html.absolute().parent}")
     wanted = parse_layers(layers)

@@ -123,7 +123,7 @@ def read_log(path: str | Path) -> list[Measurement]:
     except OSError as error:
         raise ArtifactError(f"cannot read the drift log {path}: {error.strerror or error}") from error
     rows = []
-    for number, line in enumerate(content[: content.rfind("\n") + 1].splitlines(), 1):
+    for number, line in enumerate(content[: content.rfind("\n") + 1].split("\n")[:-1], 1):
         try:
             rows.append(Measurement.from_row(json.loads(line)))
         except (ValueError, TypeError) as error:

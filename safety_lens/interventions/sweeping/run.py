@@ -25,7 +25,7 @@ from safety_lens.interventions.side_effects import benign_kl, benign_rows
 from safety_lens.interventions.steering import check_widths
 from safety_lens.interventions.sweeping.controls import random_set
 from safety_lens.interventions.sweeping.plan import Arm, Cell, Plan
-from safety_lens.interventions.sweeping.store import KIND, TABLE, Opened, Record
+from safety_lens.interventions.sweeping.store import KIND, OURS, TABLE, Opened, Record
 from safety_lens.interventions.sweeping.table import summarise, table_csv
 from safety_lens.log import Measurement
 from safety_lens.models import named_hooks
@@ -195,7 +195,7 @@ class Running:
         result = SweepResult(self.plan, tuple(rows), tuple(records), self.opened.folder)
         if self.opened.folder is not None and not self.opened.sealed:
             (self.opened.folder / TABLE).write_text(result.table, encoding="utf-8")
-            seal(self.opened.folder, KIND, model=self.model, measurements=rows, arguments=arguments)
+            seal(self.opened.folder, KIND, files=OURS, model=self.model, measurements=rows, arguments=arguments)
         return result
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safety_lens.artifacts import MANIFEST, MEASUREMENTS, check_place
+from safety_lens.artifacts import MANIFEST, MEASUREMENTS, check_place, read_manifest, refuse_foreign
 from safety_lens.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -126,8 +126,14 @@ def open_sweep(out: Path | None, plan: "Plan", identity: Mapping[str, Any], *, o
 
 
 def _clear(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()) and not (out / PLAN).is_file():
+    """Remove the sweep that is in the way, only where nothing else lies in its folder."""
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if (out / MANIFEST).is_file():
+        read_manifest(out, KIND)
+    elif not (out / VECTORS).is_file():  # the first file of a sweep
         raise ArtifactError(f"{out} exists and is not a sweep; choose another --out")
+    refuse_foreign(out, (*OURS, f".{PLAN}", f".{MANIFEST}"))
     for name in OURS:
         (out / name).unlink(missing_ok=True)
 
@@ -137,7 +143,7 @@ def _begin(out: Path, plan: "Plan", wanted: Mapping[str, Any]) -> None:
 
     if out.is_dir() and {f.name for f in out.iterdir()} <= {VECTORS, f".{PLAN}"}:
         _clear_begun(out)  # killed between the two writes below
-    check_place(out)
+    check_place(out, KIND)
     try:
         out.mkdir(parents=True, exist_ok=True)
         save_file(vectors_of(plan.sites), out / VECTORS)

@@ -4,12 +4,32 @@ import json
 import shutil
 from pathlib import Path
 
-from safety_lens.artifacts import MANIFEST, check_place
-from safety_lens.errors import ArtifactError
+import yaml
+
+from safety_lens.artifacts import MANIFEST, MEASUREMENTS, check_place, refuse_foreign
+from safety_lens.errors import ArtifactError, DataError
 from safety_lens.monitors.finetune.config import RunConfig, differences, read_config
 
 CONFIG, CHECKPOINTS, LOG = "config.yaml", "checkpoints", "drift.jsonl"
 """Files of a run: its configuration, the Trainer's checkpoints, the monitor's log."""
+
+_MODEL = (
+    *("adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "README.md"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "training_args.bin"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja"),
+)
+_STATE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_*.pth")
+RESULTS = (CONFIG, LOG, "drift.csv", "row_risk.jsonl", MEASUREMENTS, *_MODEL)
+"""Patterns of the files of a run that its manifest lists."""
+RUN_FILES = (
+    *RESULTS,
+    *(f"{LOG}.*", f".{LOG}.tmp", f".{MANIFEST}", "figures/drift-*.png", "figures/neurons-*.png"),
+    *(f"drift-baseline/{name}" for name in (MANIFEST, MEASUREMENTS, "baseline.safetensors")),
+    *(f"{CHECKPOINTS}/checkpoint-*/{name}" for name in (*_MODEL, *_STATE)),
+    f"{CHECKPOINTS}/runs/*/events.out.tfevents.*",
+)
+"""Patterns of everything that a run writes, and that --overwrite may remove."""
 
 
 def claim(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -22,13 +42,7 @@ def claim(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     if resume:
         _check_resumable(config)
     else:
-        if overwrite and (out / CONFIG).is_file():
-            shutil.rmtree(out)
-        elif (out / CONFIG).is_file():
-            _refuse_taken(out)
-        check_place(out, overwrite)
-        if out.exists():
-            shutil.rmtree(out)
+        _make_room(out, overwrite)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not resume:
@@ -42,12 +56,38 @@ def claim(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     return out
 
 
-def _refuse_taken(out: Path) -> None:
-    if (out / MANIFEST).is_file():
+def _make_room(out: Path, overwrite: bool) -> None:
+    """Remove the run that is in the way, on request and only where nothing else lies in its folder."""
+    finished = (out / MANIFEST).is_file()
+    if (out / CONFIG).is_file() and not overwrite:
+        _refuse_taken(out, finished)
+    if (out / CONFIG).is_file() and not finished:
+        _refuse_other_config(out)
+        refuse_foreign(out, RUN_FILES)
+    else:
+        check_place(out, "finetune", overwrite, RUN_FILES)
+    if out.exists():
+        shutil.rmtree(out)
+
+
+def _refuse_taken(out: Path, finished: bool) -> None:
+    if finished:
         raise ArtifactError(f"{out} already holds a finished run; choose another --out or pass --overwrite")
     raise ArtifactError(
         f"{out} holds a run that was interrupted: pass --resume to go on from its last checkpoint, or --overwrite"
     )
+
+
+def _refuse_other_config(out: Path) -> None:
+    """Refuse a config.yaml that is not as a run writes it: of another program, or typed by hand."""
+    try:
+        read_config(out / CONFIG)
+        text = (out / CONFIG).read_text(encoding="utf-8")
+        if text == yaml.safe_dump(yaml.safe_load(text), sort_keys=False, allow_unicode=True):
+            return
+    except DataError:
+        pass
+    raise ArtifactError(f"{out} holds no run: no run wrote its {CONFIG}; move that file away or choose another --out")
 
 
 def _check_resumable(config: RunConfig) -> None:

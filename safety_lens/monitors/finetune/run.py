@@ -34,7 +34,7 @@ from safety_lens.monitors.finetune.boilerplate import refuse_boilerplate
 from safety_lens.monitors.finetune.config import RunConfig
 from safety_lens.monitors.finetune.early import check_early
 from safety_lens.monitors.finetune.freezing import freeze_named, frozen_entry, group_lines, named_groups
-from safety_lens.monitors.finetune.place import CHECKPOINTS, LOG, claim, last_checkpoint
+from safety_lens.monitors.finetune.place import CHECKPOINTS, LOG, RESULTS, claim, last_checkpoint
 from safety_lens.monitors.finetune.protecting import protect
 from safety_lens.monitors.finetune.training import (
     out_of_vocabulary,
@@ -279,6 +279,7 @@ def _seal(
     seal(
         ready.config.out,
         "finetune",
+        files=RESULTS,
         measurements=measured,
         arguments=ready.config.model_dump(mode="json"),
         extra={
