@@ -299,7 +299,7 @@ def test_extract_shows_both_choices_side_by_side_and_keeps_the_numbers(
 
 
 def test_on_the_organism_the_causal_hook_of_toxicity_stops_what_it_is_about() -> None:
-    model, whole = load_model("organism"), load_concept("toxicity")
+    model, whole = load_model("organism"), load_concept("toxicity", model="organism")
     part = replace(whole, train=whole.train[:48], val=whole.val[:24], test=whole.test[:24])
     acts = read_concepts(model, [part], hooks_at(model))[0]
     found = directions_from(model, acts, select=causal_selector(), null_repeats=20)

@@ -235,13 +235,16 @@ def organism() -> HookedTransformer:
 
 @cache
 def fitted(**how: Any) -> Condition:
-    refusal, middle = load_concept("refusal"), f"blocks.{organism().cfg.n_layers // 2}.hook_resid_post"
+    refusal, middle = (
+        load_concept("refusal", model="organism"),
+        f"blocks.{organism().cfg.n_layers // 2}.hook_resid_post",
+    )
     return fit_condition(organism(), refusal, hook=middle, **how)
 
 
 def test_on_the_organism_a_condition_fires_on_harmful_requests_and_rarely_on_harmless_ones() -> None:
-    refusal = load_concept("refusal")
-    others = [p.negative for p in load_concept("toxicity").train]
+    refusal = load_concept("refusal", model="organism")
+    others = [p.negative for p in load_concept("toxicity", model="organism").train]
     condition = fit_condition(
         organism(), refusal, others, hook=f"blocks.{organism().cfg.n_layers // 2}.hook_resid_post", false_fire=0.05
     )
@@ -261,7 +264,7 @@ def test_on_the_organism_a_condition_fires_on_harmful_requests_and_rarely_on_har
 
 def test_a_condition_gates_an_intervention_on_the_organism() -> None:
     condition = fitted(false_fire=0.05)
-    refusal = load_concept("refusal")
+    refusal = load_concept("refusal", model="organism")
     rows = [p for pair in refusal.test[:12] for p in (pair.positive, pair.negative)]
     seen: dict[int, bool] = {}
     gate = condition.watched(lambda row, score, fires: seen.update({row: fires}))

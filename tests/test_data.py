@@ -129,13 +129,13 @@ def test_files_that_are_not_contrast_data_are_refused_with_what_they_lack(shared
 
 @pytest.mark.parametrize("name", ["refusal", "sycophancy", "deception", "toxicity"])
 def test_built_in_concepts_load_by_name_with_pairs_to_fit_and_to_report_on(name: str) -> None:
-    concept = load_concept(name)
+    concept = load_concept(name, model="organism")
     assert concept.name == name
     assert len(concept.train) >= 20
     assert len(concept.test) >= 10
     assert all(pair.positive != pair.negative for pair in concept.pairs)
     assert not concept.raw, "the organism is a chat model: its prompts are turns"
-    assert [f for f in validate(name) if f.level != "ok"] == []
+    assert [f for f in validate(f"organism:{name}") if f.level != "ok"] == []
 
 
 GOOD = {"id": "a", "positive": "P", "negative": "N", "split": "train"}
@@ -178,9 +178,11 @@ def test_places_that_hold_no_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="it is a folder; give a JSONL file"):
         load_concept(tmp_path)
     with pytest.raises(DataError, match=r"no file named 'refussal': did you mean 'refusal'\?.*deception"):
-        load_concept("refussal")
-    with pytest.raises(DataError, match="Built-in concepts are refusal, sycophancy, deception, toxicity"):
-        load_concept("nowhere.jsonl")
+        load_concept("refussal", model="organism")
+    with pytest.raises(
+        DataError, match=r"Built-in concepts \(the organism's own\) are refusal, sycophancy, deception, tox"
+    ):
+        load_concept("nowhere.jsonl", model="organism")
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes(b'{"positive": "a", "negative": "b"}\n{"positive": "caf\xe9", "negative": "b"}\n')
     with pytest.raises(DataError, match=r"latin.jsonl, line 2: not UTF-8"):

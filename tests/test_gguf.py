@@ -56,7 +56,7 @@ def organism() -> HookedTransformer:
 
 @cache
 def refusal() -> Concept:
-    return load_concept("refusal")
+    return load_concept("refusal", model="organism")
 
 
 @cache

@@ -13,11 +13,11 @@ from synthetic import chat_tokenizer, concept, words
 from watched import PAIRS, PROBES, adapted, tiny_concepts, trainer
 
 from safety_lens.data import Concept
+from safety_lens.data.built_in import is_organism
 from safety_lens.errors import ArtifactError, DataError, ModelError, ModelMismatchError
 from safety_lens.log import Measurement
 from safety_lens.models import load_hf, load_model
 from safety_lens.monitors import Monitor, MonitorCallback, Pairs, Probes, StopRule
-from safety_lens.monitors.asking import is_organism
 from safety_lens.monitors.behaviour import kept_kl
 from safety_lens.probes import extract_directions
 

@@ -56,7 +56,7 @@ def steering(model: "HookedTransformer", out: Path, seed: int) -> None:
 def _concept(name: str) -> Any:
     from safety_lens.data import load_concept
 
-    return load_concept(name)
+    return load_concept(name, model="organism")
 
 
 def _show_texts(model: "HookedTransformer", found: "DirectionSet") -> None:

@@ -54,7 +54,7 @@ def extract(
 
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items() if k != "check_place"}
     check_place(out, "directions", overwrite)
-    concepts = _concepts(concept, pairs, seed, raw)
+    concepts = _concepts(concept, pairs, model, seed, raw)
     wanted_layers = parse_layers(layers)
     terminal.quiet_libraries()
 
@@ -113,13 +113,15 @@ def _selector(select: str, hooks: list[str], max_kl: float, seed: int, reading: 
     return selector(select, hooks)
 
 
-def _concepts(names: Sequence[str] | None, files: Sequence[str] | None, seed: int, raw: bool) -> "list[Concept]":
+def _concepts(
+    names: Sequence[str] | None, files: Sequence[str] | None, model: str, seed: int, raw: bool
+) -> "list[Concept]":
     from safety_lens.data import load_concept
 
     wanted = [*(names or []), *(files or [])]
     if not wanted:
         raise DataError("nothing to extract: name a built-in concept with --concept, or a file with --pairs")
-    found = [load_concept(source, seed=seed, raw=True if raw else None) for source in wanted]
+    found = [load_concept(source, model=model, seed=seed, raw=True if raw else None) for source in wanted]
     labels = [c.name for c in found]
     if twice := {n for n in labels if labels.count(n) > 1}:
         raise DataError(

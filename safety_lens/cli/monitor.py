@@ -49,7 +49,7 @@ def monitor(
     from safety_lens.monitors.finetune.watch import resid_hooks
     from safety_lens.monitors.saved import measure_saved
 
-    concepts = [load_concept(name, seed=seed) for name in concept or ["refusal"]]
+    concepts = [load_concept(name, model=base, seed=seed) for name in concept or ["refusal"]]
     runs = measure_saved(
         base,
         sources,

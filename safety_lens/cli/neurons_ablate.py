@@ -118,10 +118,10 @@ def _measures(
     model: "HookedTransformer", data: "dict[str, ExampleSet]", n: int, seed: int, loss_only: bool, raw: bool
 ) -> "tuple[list[Measure], list[str]]":
     """What can be measured of this model, and why the rest cannot."""
+    from safety_lens.data.built_in import is_organism
     from safety_lens.interventions import neuron_measures as measures
     from safety_lens.interventions.scorers.refusal_tokens import derive_refusal_tokens
     from safety_lens.interventions.side_effects import instructions
-    from safety_lens.monitors.asking import is_organism
 
     found = [measures.loss_measure(f"{kind}_loss", rows.continuations) for kind, rows in data.items()]
     if loss_only:

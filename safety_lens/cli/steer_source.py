@@ -57,9 +57,9 @@ def read_source(
             raise DataError(f"{artifact} holds {known}, {wanted}: choose one with --concept and --method")
         if artifact.suffix == ".gguf":
             return Source(fitting[0], None, None, None)
-        behind = _behind(artifact, fitting[0].concept, seed)
+        behind = _behind(model, artifact, fitting[0].concept, seed)
         return Source(fitting[0], None, *((None, None) if behind is None else _texts(behind)))
-    concept = load_concept(str(name), seed=seed, raw=True if raw else None)
+    concept = load_concept(str(name), model=model, seed=seed, raw=True if raw else None)
     acts = read_concepts(model, [concept], hooks_at(model, point), positions=parse_positions(positions))[0]
     found = directions_from(model, acts, method=method, seed=seed, null_repeats=20)
     return Source(found, acts, *_texts(concept))
@@ -73,7 +73,7 @@ def _texts(concept: "Concept") -> "tuple[list[Prompt], list[Prompt]]":
     return train, val
 
 
-def _behind(artifact: Path, name: str, seed: int) -> "Concept | None":
+def _behind(model: "HookedTransformer", artifact: Path, name: str, seed: int) -> "Concept | None":
     """The pairs behind an artifact, where its source can still be read and is unchanged."""
     from safety_lens.artifacts import load_artifact
     from safety_lens.data import load_concept
@@ -82,7 +82,7 @@ def _behind(artifact: Path, name: str, seed: int) -> "Concept | None":
     if said is None:
         return None
     try:
-        concept = load_concept(said["source"], seed=seed)
+        concept = load_concept(said["source"], model=model, seed=seed)
     except DataError:
         return None  # moved or offline: the caller tells the reader that overlap could not be checked
     return concept if concept.sha256 == said["sha256"] else None

@@ -5,6 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from safety_lens.data.built_in import BuiltIn, ModelHint, built_in_for, find_concept
 from safety_lens.data.formats import detect
 from safety_lens.data.pairs import Concept
 from safety_lens.data.rows import Row, Table, check_ids, raw_rows, read_rows
@@ -12,46 +13,48 @@ from safety_lens.data.splits import split_pairs
 from safety_lens.errors import DataError
 
 
-def load_concept(name_or_path: str | Path, *, seed: int = 0, raw: bool | None = None) -> Concept:
+def load_concept(
+    name_or_path: str | Path, *, model: ModelHint = None, seed: int = 0, raw: bool | None = None
+) -> Concept:
     """Load contrast pairs in three splits.
 
     Args:
-        name_or_path: a built-in concept ("refusal", "sycophancy", "deception", "toxicity"), a JSONL or CSV file of any
-            format in `safety_lens.data.formats.FORMATS`, or `hf:name[:config][:split]` ("hf:name::split": no config).
-        seed: decides pairings and splits where the data does not.
+        name_or_path: A built-in concept ("refusal"; "english:refusal" and "organism:refusal" whatever the model is), a
+            JSONL or CSV file of any format in `safety_lens.data.formats.FORMATS`, or `hf:name[:config][:split]`
+            ("hf:name::split": no config).
+        model: The model that a bare built-in name is meant for, its tokenizer, or a source such as "organism" or a
+            folder; None: plain English. See `built_in_for`.
+        seed: Decides pairings and splits where the data does not.
         raw: True: plain text, never a chat template. False: chat turns. None: as the format is by nature, or as the
             rows say with a field "raw".
 
     Raises:
-        DataError: an unknown name, a malformed row (names file, line and fault), mixed formats, too few pairs.
+        DataError: An unknown name, a malformed row (names file, line and fault), mixed formats, too few pairs.
     """
-    from safety_lens.organism import CONCEPTS
+    name, built_in = str(name_or_path), built_in_for(model)
+    found = find_concept(name, built_in)
+    source = name if found is None else f"{found[0].name}:{found[1]}"
+    return _concept(read_source(name, built_in), None if found is None else found[1], source=source, seed=seed, raw=raw)
 
-    name = str(name_or_path)
-    return _concept(read_source(name), name if name in CONCEPTS else None, source=name, seed=seed, raw=raw)
 
-
-def check_concept(name_or_path: str | Path) -> None:
-    """Refuse a name that `load_concept` could not follow; nothing is read.
+def check_concept(name_or_path: str | Path, model: ModelHint = None) -> None:
+    """Refuse a name that `load_concept` could not follow; no pairs are read.
 
     Raises:
-        DataError: with the nearest built-in concept.
+        DataError: With the nearest built-in concept.
     """
-    from safety_lens.organism import CONCEPTS
-
-    name = str(name_or_path)
-    if name not in CONCEPTS and not name.startswith("hf:") and not Path(name).exists():
-        raise DataError(_unknown_concept(name, CONCEPTS))
+    name, built_in = str(name_or_path), built_in_for(model)
+    if find_concept(name, built_in) is None and not name.startswith("hf:") and not Path(name).exists():
+        raise DataError(_unknown_concept(name, built_in))
 
 
-def read_source(name_or_path: str | Path) -> Table:
-    """The rows behind a name as `load_concept` takes it: built-in, file, or "hf:..."."""
-    from safety_lens.organism import CONCEPTS, concept_file
-
-    check_concept(name_or_path)
-    name = str(name_or_path)
-    if name in CONCEPTS:
-        return read_rows(concept_file(name))
+def read_source(name_or_path: str | Path, model: ModelHint = None) -> Table:
+    """Read the rows of a name as `load_concept` takes it: built-in, file, or "hf:..."."""
+    name, built_in = str(name_or_path), built_in_for(model)
+    check_concept(name, built_in)
+    found = find_concept(name, built_in)
+    if found is not None:
+        return read_rows(found[0].concept_file(found[1]))
     if name.startswith("hf:"):
         return read_hub(name)
     return read_rows(name)
@@ -82,12 +85,12 @@ def _own_name(rows: list[Row]) -> str | None:
     return None
 
 
-def _unknown_concept(name: str, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(name.lower(), known, n=1)
+def _unknown_concept(name: str, built_in: BuiltIn) -> str:
+    near = difflib.get_close_matches(name.lower(), built_in.concepts, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return (
-        f"no concept and no file named '{name}': {hint}Built-in concepts are {', '.join(known)}; "
-        "anything else is a path to a JSONL or CSV file, or hf:name for a data set"
+        f"no concept and no file named '{name}': {hint}Built-in concepts ({built_in.title}) are"
+        f" {', '.join(built_in.concepts)}; anything else is a path to a JSONL or CSV file, or hf:name for a data set"
     )
 
 

@@ -45,13 +45,14 @@ def validate(
     """Check the pairs of a file, a built-in concept or a data set.
 
     Args:
-        tokenizer: also render and count tokens, as a model with this tokenizer would read them.
+        tokenizer: also render and count tokens, as a model with this tokenizer would read them; built-in names then
+            mean the sets of that model.
         max_length: token limit; None: what the tokenizer says its model takes.
 
     Raises:
         DataError: the file cannot be read at all, or is of no known format.
     """
-    table = read_source(source)
+    table = read_source(source, tokenizer)
     form = _format(table.rows)
     faults = [fault for row in table.rows if (fault := _row_fault(row, form))]
     if faults:

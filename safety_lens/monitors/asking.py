@@ -5,16 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-from transformer_lens import HookedTransformer
 
-from safety_lens.artifacts import tokenizer_fingerprint
 from safety_lens.data.rows import read_rows
 from safety_lens.errors import DataError
 from safety_lens.generation import Generation
 from safety_lens.interventions.scorers.completion import Completion
 from safety_lens.interventions.scorers.refusal import SubstringRefusal
 from safety_lens.interventions.side_effects import instructions
-from safety_lens.organism import DATA_DIR, MODEL_DIR, behaviour, families
+from safety_lens.organism import DATA_DIR, behaviour, families
 from safety_lens.types import Prompt
 
 DERIVE = 60
@@ -58,16 +56,6 @@ class Probes:
 
 Judge = Callable[[Sequence[int], Sequence[Generation]], Float[np.ndarray, " k"]]
 """Function of (numbers of the prompts, their answers): 1 where the behaviour is shown, 0, or NaN."""
-
-
-def is_organism(model: HookedTransformer) -> bool:
-    """Whether the model speaks the organism's language: its tokenizer and chat template are the organism's."""
-    from transformers import AutoTokenizer
-
-    if model.tokenizer is None or len(model.tokenizer) > 4096:
-        return False
-    own = AutoTokenizer.from_pretrained(MODEL_DIR)
-    return tokenizer_fingerprint(own) == tokenizer_fingerprint(model.tokenizer)
 
 
 def prompts(probes: Probes, label: str, seed: int) -> tuple[list[Prompt], list[Prompt]]:

@@ -20,13 +20,14 @@ from transformer_lens import HookedTransformer
 from safety_lens.activations import encode_for
 from safety_lens.bootstrap import mean_interval, ratio_interval
 from safety_lens.data import Encoded
+from safety_lens.data.built_in import is_organism
 from safety_lens.errors import DataError, ModelError
 from safety_lens.forced import Continuation, continuation_logprobs
 from safety_lens.generation import generate, stop_tokens
 from safety_lens.interventions.scorers.refusal_tokens import RefusalTokens, derive_refusal_tokens
 from safety_lens.interventions.steering import ablate
 from safety_lens.log import Measurement
-from safety_lens.monitors.asking import Judge, Probes, facts, is_organism, prompts, refused
+from safety_lens.monitors.asking import Judge, Probes, facts, prompts, refused
 from safety_lens.probes.directions import Direction
 from safety_lens.stats import Interval, wilson
 from safety_lens.types import Prompt

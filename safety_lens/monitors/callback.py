@@ -14,6 +14,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from safety_lens.data import Concept
+from safety_lens.data.built_in import ORGANISM
 from safety_lens.errors import DataError, OtherProcessError, SafetyLensError
 from safety_lens.log import Measurement
 from safety_lens.monitors.actions import Action, Alarm, actions_named
@@ -87,7 +88,8 @@ class MonitorCallback(TrainerCallback):
         if on_error not in ON_ERROR:
             raise DataError(f"on_error {on_error!r} is not known; choose {' or '.join(ON_ERROR)}")
         estimator(method)
-        self.concepts = named_concepts(concepts)
+        self.concepts = tuple(concepts)
+        named_concepts(concepts, ORGANISM if tokenizer is None else tokenizer)  # mistakes are raised before training
         self.every, self.warns, self.rule = (
             every,
             on_error == "warn",

@@ -8,6 +8,7 @@ from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
 from safety_lens.data import Concept, load_concept
+from safety_lens.data.built_in import ModelHint
 from safety_lens.errors import DataError, ModelError
 from safety_lens.probes.selection import depth
 
@@ -15,13 +16,13 @@ DEPTHS = (0.25, 0.5, 0.75, 1.0)
 """Depths of the common hooks, fixed beforehand: where concepts are compared and intervals are given."""
 
 
-def named_concepts(concepts: Sequence[Concept | str]) -> list[Concept]:
-    """Concepts, those given by name loaded.
+def named_concepts(concepts: Sequence[Concept | str], model: ModelHint = None) -> list[Concept]:
+    """Load the concepts that are given by name, as the model means them (see `built_in_for`).
 
     Raises:
         DataError: none, two of one name, an unknown name, or a split without pairs.
     """
-    loaded = [c if isinstance(c, Concept) else load_concept(c) for c in concepts]
+    loaded = [c if isinstance(c, Concept) else load_concept(c, model=model) for c in concepts]
     if not loaded:
         raise DataError("a monitor needs at least one concept, for instance 'refusal'")
     names = [c.name for c in loaded]

@@ -50,7 +50,8 @@ class Monitor:
     """Measures drift of concepts and behaviour in a model that somebody else trains.
 
     trained: the HF model or PeftModel in training (DDP wrappers are looked through). concepts: `Concept`s or names that
-    `load_concept` takes. hooks: default every block's `hook_resid_post`. pairs: how many pairs are read each time.
+    `load_concept` takes, as this model's tokenizer means them. hooks: default every block's `hook_resid_post`. pairs:
+    how many pairs are read each time.
     probes: what behaviour is measured, None for none. groups: neuron groups whose weights are watched too (see `drift`;
     models with adapters only); frozen: groups that training keeps still, left out there. common: the hooks nearest to
     a quarter, half, three quarters and the end of the model, the same for every concept. headline: one of them, for
@@ -79,7 +80,7 @@ class Monitor:
     ) -> None:
         estimator(method)
         self.trained, self.method, self.seed, self.pairs, self.probes = unwrapped(trained), method, seed, pairs, probes
-        self.concepts = tuple(chosen(c, pairs, seed) for c in named_concepts(concepts))
+        self.concepts = tuple(chosen(c, pairs, seed) for c in named_concepts(concepts, tokenizer))
         check_tokenizer(tokenizer, self.trained)
         with undisturbed(), plain_forward(self.trained):
             self.model: HookedTransformer = load_model(self.trained, tokenizer=tokenizer)

@@ -115,7 +115,7 @@ def suppress(
     check_scale(scale)
     if mode not in (AUTO, AUTO_SIZE, *MODES):
         raise DataError(f"no mode {mode!r}: choose {AUTO}, {AUTO_SIZE}, {', '.join(MODES)}")
-    pairs = artifact_pairs(concept_or_pairs, categories=categories, seed=seed)
+    pairs = artifact_pairs(concept_or_pairs, categories=categories, model=model, seed=seed)
     where = scope_named(scope)
     common = {"site": site or ("mlp" if ancestor else "resid"), "layers": layers, "cache": cache}
     if ancestor:

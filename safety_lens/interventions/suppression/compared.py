@@ -36,7 +36,7 @@ def compare_modes(
 
     Arguments as `suppress`. A result's `reached` is False where a gated mode cannot cost that much.
     """
-    pairs = artifact_pairs(concept_or_pairs, categories=categories, seed=seed)
+    pairs = artifact_pairs(concept_or_pairs, categories=categories, model=model, seed=seed)
     chosen = settings or Settings()
     fits, readout = fitted(model, pairs, site=site, layers=layers, read=read, components=chosen.components, cache=cache)
     judges = tuple(scorers) if scorers is not None else scorers_for(model, pairs)

@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 
 from safety_lens.data import Concept, ContrastPair
+from safety_lens.data.built_in import ModelHint
 from safety_lens.data.concept import read_source
 from safety_lens.data.formats import detect
 from safety_lens.data.rows import raw_rows, read_rows
@@ -72,6 +73,7 @@ def artifact_pairs(
     source: "str | Path | Concept | Sequence[ContrastPair] | ArtifactPairs" = BUILT_IN,
     *,
     categories: Sequence[str] | None = None,
+    model: ModelHint = None,
     seed: int = 0,
 ) -> ArtifactPairs:
     """Pairs of a source, divided, with only the categories wanted.
@@ -80,6 +82,7 @@ def artifact_pairs(
         source: "artifacts" (shipped with the organism), a built-in concept, a file or "hf:..." as `load_concept` takes
             them, a Concept (its val pairs calibrate; without any, a third of its train pairs do), or pairs.
         categories: None for all of them.
+        model: The model that a built-in concept is meant for, as in `load_concept`.
         seed: divides the pairs where the data does not say how.
 
     Raises:
@@ -90,7 +93,7 @@ def artifact_pairs(
     elif isinstance(source, Concept):
         whole = _of_concept(source, seed)
     elif isinstance(source, str | Path):
-        whole = _of_file(str(source), seed)
+        whole = _of_file(str(source), model, seed)
     else:
         whole = _divided(list(source), "pairs given in Python", seed)
     return whole if categories is None else _only(whole, categories)
@@ -108,10 +111,10 @@ def _only(whole: ArtifactPairs, wanted: Sequence[str]) -> ArtifactPairs:
     return ArtifactPairs(fit, calibrate, report, whole.source, whole.raw, whole.notes)
 
 
-def _of_file(name: str, seed: int) -> ArtifactPairs:
+def _of_file(name: str, model: ModelHint, seed: int) -> ArtifactPairs:
     from safety_lens.organism import DATA_DIR
 
-    table = read_rows(DATA_DIR / "artifacts.jsonl") if name == BUILT_IN else read_source(name)
+    table = read_rows(DATA_DIR / "artifacts.jsonl") if name == BUILT_IN else read_source(name, model)
     form = detect(table.rows)
     drafts, notes = form.read(table.rows, seed)
     raw = raw_rows(table.rows, form.raw)

@@ -21,7 +21,7 @@ def check_early(config: RunConfig) -> None:
     """
     check_source(config.data.source)
     for name in config.monitor.concepts:
-        check_concept(name)
+        check_concept(name, config.model)
     check_protection(config)
     for text in (*config.tuning.freeze, *config.monitor.groups):
         chosen_group(text, group_names(split_name(text)[0]))

@@ -98,7 +98,7 @@ def prepare(config: RunConfig) -> Prepared:
         raise ModelError(f"{config.model} is an adapter: merge it first, or fine-tune its base {base.base}")
     data = load_rows(config.data.source, format=config.data.format, limit=config.data.limit, seed=config.seed)
     refuse_boilerplate((text for row in data.examples for text in row.responses), base.base, data.name)
-    named = [load_concept(name, seed=config.seed) for name in config.monitor.concepts]
+    named = [load_concept(name, model=base.base, seed=config.seed) for name in config.monitor.concepts]
     concepts = tuple(named_concepts(named)) if named else ()
     estimator(config.monitor.method)
     named_groups([*config.tuning.freeze, *config.monitor.groups])
