@@ -322,20 +322,24 @@ def test_an_alarm_on_rank_0_stops_both_processes(tmp_path: Path) -> None:
 class Falls(MonitorCallback):
     """A real monitor whose rows get one that alarms at step 4: a tiny random model has no refusals to lose."""
 
+    def row(self, step: int) -> Measurement:
+        low = -2.0 if step >= 4 else 0.0
+        return Measurement("behaviour/harmful", "refusal_log_odds_change", low, low, low, step=step)
+
     def _begin(self, *parts: Any) -> Any:
         verdict = super()._begin(*parts)
         assert self._monitor is not None
         measure = self._monitor.measure
-
-        def falling(step: int) -> list[Measurement]:
-            low = -2.0 if step >= 4 else 0.0
-            return [
-                *measure(step),
-                Measurement("behaviour/harmful", "refusal_log_odds_change", low, low, low, step=step),
-            ]
-
-        vars(self._monitor)["measure"] = falling
+        vars(self._monitor)["measure"] = lambda step: [*measure(step), self.row(step)]
         return verdict
+
+
+class Turns(Falls):
+    """The same with a direction that has turned from step 4 on."""
+
+    def row(self, step: int) -> Measurement:
+        now = 0.5 if step >= 4 else 1.0
+        return Measurement("joy/dim", "cosine_cv", now, now, now, hook="blocks.1.hook_resid_post", step=step)
 
 
 def test_an_alarm_acts_once_saves_a_checkpoint_and_stops_the_run(tmp_path: Path) -> None:
@@ -466,3 +470,38 @@ def test_trl_trains_under_the_monitor(tmp_path: Path) -> None:
     )
     made.train()
     assert steps(tmp_path) == [0, 2, 4]
+
+
+# --- what is reported before and while training -----------------------------------------------------------------------
+
+
+def test_pairs_faults_and_the_time_before_training_are_reported_before_step_1(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stops(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+            raise KeyboardInterrupt
+
+    with caplog.at_level(logging.INFO, "safety_lens.monitor"), pytest.raises(KeyboardInterrupt):
+        run(tmp_path, watching(), Stops())
+    assert "pairs: joy from drawn: 8 train, 0 val, 6 test; 6 train and 6 test are read" in caplog.text
+    assert "refusal log-odds will not be measured: the model refused 0 of" in caplog.text
+    assert "the measurement before training took" in caplog.text
+
+
+def test_a_notice_is_reported_once_when_it_begins_and_the_table_lies_next_to_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "safety_lens.monitor"):
+        run(tmp_path / "turns", Turns(tiny_concepts(), every=2, probes=None, pairs=PAIRS))
+    log = read_log(tmp_path / "turns" / "drift.jsonl")
+    noticed = [row.step for row in log if row.metric == "level" and row.value == 1]
+    assert len(noticed) > 1
+    assert [r.getMessage() for r in caplog.records if "notice at step" in r.getMessage()] == [
+        next(m for m in (f"notice at step {r.step}: {r.note}" for r in log if r.metric == "level" and r.value == 1))
+    ]
+    assert (tmp_path / "turns" / "drift.csv").read_text() == csv_view(tmp_path / "turns" / "drift.jsonl")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "safety_lens.monitor"):
+        run(tmp_path / "still", watching(probes=None, stop_rule=StopRule(delta=1e9)))
+    assert "notice at step" not in caplog.text

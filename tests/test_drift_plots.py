@@ -10,7 +10,7 @@ from rich.console import Console
 
 from safety_lens.log import NAN, Measurement
 from safety_lens.report import drift_plots
-from safety_lens.report.drift_tables import Drift, alarms, behaviour_table, drift_table, remarks, show_runs
+from safety_lens.report.drift_tables import Drift, behaviour_table, digits_of, drift_table, remarks, show_runs, verdicts
 
 HOOKS = [f"blocks.{i}.hook_resid_post" for i in range(4)]
 STEPS = (0, 10, 20)
@@ -75,7 +75,7 @@ def test_the_cosine_figure_draws_curve_interval_floor_and_marks_faults() -> None
     assert len(figure.axes) == 2 * 2, "a row a concept, a column a common hook"
     refusal = panels["refusal/dim"]
     assert refusal.lines[0].get_ydata().tolist() == pytest.approx([1.0, 0.95, 0.9])
-    floor = next(p for p in refusal.patches if p.get_label().startswith("within the noise"))
+    floor = next(p for p in refusal.patches if p.get_label().startswith("re-drawn pairs"))
     assert (floor.get_y(), floor.get_y() + floor.get_height()) == pytest.approx((0.92, 1.0))
     assert any("no result" in t.get_text() for t in panels["lies/dim"].texts)
     assert not any("no result" in t.get_text() for t in refusal.texts)
@@ -137,6 +137,41 @@ def test_tables_give_the_last_step_with_its_interval_and_a_mark_for_no_result() 
     behaviour = text(behaviour_table({"mine": made()}))
     assert "-4.00" in behaviour
     assert remarks({"mine": made()}) == [f"! lies/dim at 2.resid_post: {FAULT}"]
-    assert alarms({"mine": made()}) == ["mine: ALARM at step 20: refusals fell"]
-    assert alarms({"mine": made()}, told=["mine"]) == ["mine: ALARM at step 20, and at 1 of 3 measurements"]
+    assert verdicts({"mine": made()}) == ["mine: ALARM at step 20: refusals fell"]
+    assert verdicts({"mine": made()}, told=["mine"]) == ["mine: ALARM at step 20, and at 1 of 3 measurements"]
     assert len(show_runs({"mine": made(probed=False)})) == 3, "no behaviour table where none was measured"
+
+
+def test_every_run_has_a_verdict_and_a_notice_is_one() -> None:
+    quiet = [row for row in made() if row.metric != "level"]
+    calm = [*quiet, *(Measurement("run", "level", 0.0, step=step) for step in STEPS)]
+    noticed = [*calm, Measurement("run", "level", 1.0, step=30, note="direction refusal/dim turned")]
+    assert verdicts({"calm": calm, "noticed": noticed, "unjudged": quiet}) == [
+        "calm: no alarm and no notice in 3 measurements",
+        "noticed: NOTICE at step 30: direction refusal/dim turned",
+    ]
+
+
+def test_the_headline_table_names_the_hook_that_turned_most_and_two_decimals_hide_nothing() -> None:
+    said = text(drift_table({"mine": made()}))
+    assert "0.80" in said, "0.85 at the headline hook, 0.80 at the last"
+    assert "3.resid_post" in said
+    assert (digits_of(0.98, 0.9795, 0.9812), digits_of(0.85, 0.80, 0.86), digits_of(0.9971), digits_of(1.0)) == (
+        3, 2, 3, 2,
+    )  # fmt: skip
+
+
+def test_saved_weights_without_a_recorded_step_are_called_the_end() -> None:
+    rows = [*made(), Measurement("run", "unknown_step", 1.0, step=20)]
+    assert Drift(rows).label(20) == "end"
+    assert Drift(rows).label(10) == "10"
+    assert "ALARM at step end" in verdicts({"mine": rows})[0]
+
+
+def test_step_axes_and_labels_do_not_mislead() -> None:
+    bottom = drift_plots.refusal_odds(made()).axes[1]
+    bottom.set_xlim(0, 3)
+    assert all(tick == int(tick) for tick in bottom.get_xticks())
+    axes = drift_plots.drift_and_behaviour(made()).axes[0]
+    assert not axes.texts, "labels of several concepts would lie on each other"
+    assert "the last step, 20" in axes.get_title()

@@ -85,6 +85,7 @@ def finetune(
     concept: Annotated[
         list[str] | None, typer.Option(help="Built-in concept or file of pairs to watch; repeatable. None: no monitor.")
     ] = None,
+    read_pairs: options.ReadPairs = None,
     every: Annotated[int | None, typer.Option(help="Optimizer steps between measurements.")] = None,
     watch: Annotated[
         list[str] | None,
@@ -117,6 +118,8 @@ def finetune(
     changes: dict[str, Any] = {FLAGS[name]: value for name, value in given.items()}
     if layers is not None:
         changes["tuning.layers"] = parse_layers(layers)
+    if read_pairs is not None:
+        changes["monitor.pairs"] = options.parse_read_pairs(read_pairs)
     chosen = read_config(config, changes | dict(parse_change(text) for text in change or ()))
     check_early(chosen)  # a typo is known before anything is imported that takes seconds
     terminal.quiet_libraries()
@@ -174,6 +177,7 @@ def _train(config: "RunConfig", resume: bool, overwrite: bool, as_json: bool) ->
 
     from safety_lens.monitors.finetune.run import run
 
+    terminal.show_log("safety_lens.monitor")
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft reads the old name
 
     def on_log(step: int, logs: Mapping[str, float]) -> None:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from safety_lens.errors import DataError
+
 Model = Annotated[
     str, typer.Option(help="Hub id or local folder of a model or adapter; 'organism' is the small one shipped inside.")
 ]
@@ -21,6 +23,10 @@ Pairs = Annotated[list[str] | None, typer.Option(help="JSONL file of contrast pa
 Methods = Annotated[list[str] | None, typer.Option(help="dim, whitened, pca, logistic, robust; repeatable.")]
 Point = Annotated[
     str, typer.Option(help="Hook point of each block: resid_pre/mid/post, attn_out, mlp_out, mlp_post, z.")
+]
+ReadPairs = Annotated[
+    str | None,
+    typer.Option("--read-pairs", help="Pairs of each concept that a measurement reads: TRAIN,TEST or all."),
 ]
 Layers = Annotated[str | None, typer.Option(help="Blocks such as 0,3,8-12 or -1; default all.")]
 ReadAt = Annotated[str, typer.Option(help="last, mean:K, mean:instruction, mean:answer, mean:all or answer_letter.")]
@@ -42,3 +48,17 @@ Thinking = Annotated[
     bool | None, typer.Option("--enable-thinking/--no-thinking", help="Passed to chat templates that know it.")
 ]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Prompts per forward; default by memory.")]
+
+
+def parse_read_pairs(text: str) -> dict[str, int | None]:
+    """Read `--read-pairs`: TRAIN,TEST as numbers, or all.
+
+    Raises:
+        DataError: anything else.
+    """
+    if text == "all":
+        return {"train": None, "test": None}
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+        raise DataError(f"--read-pairs {text!r}: give TRAIN,TEST such as 40,20, or all")
+    return {"train": int(parts[0]), "test": int(parts[1])}

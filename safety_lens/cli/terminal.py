@@ -26,6 +26,22 @@ def quiet_libraries() -> None:
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)
 
 
+class _Printed(logging.Handler):
+    """Print what the library logs as lines on stderr; warnings are marked with "!"."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        mark = "! " if record.levelno >= logging.WARNING else ""
+        err.print(f"{mark}{record.getMessage()}", markup=False, soft_wrap=True)
+
+
+def show_log(name: str) -> None:
+    """Print the lines that one of the library's loggers writes, on stderr and also where that is no terminal."""
+    log = logging.getLogger(name)
+    if not any(isinstance(handler, _Printed) for handler in log.handlers):
+        log.addHandler(_Printed())
+    log.setLevel(logging.INFO)
+
+
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr that vanishes when done (none in a log file); yields the function that advances it."""

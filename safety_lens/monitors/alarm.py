@@ -113,7 +113,4 @@ def _notices(turned: Sequence[Measurement]) -> list[str]:
 def _turned_most(subject: str, rows: Sequence[Measurement]) -> str:
     most = min(rows, key=lambda row: row.value)
     where = f"{most.hook}" if len(rows) == 1 else f"{len(rows)} hooks, most at {most.hook}"
-    return (
-        f"direction {subject} turned beyond its noise at {where}: cross-validated cosine {most.value:.3f}"
-        f" [{most.low:.3f}, {most.high:.3f}]"
-    )
+    return f"direction {subject} turned at {where}: corrected cosine {most.value:.3f} [{most.low:.3f}, {most.high:.3f}]"

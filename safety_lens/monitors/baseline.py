@@ -75,6 +75,17 @@ class Baseline:
             before = Before(_refusal_of(said["refusal"]), said["fault"], found)
         return cls(places, before, tuple(artifact.measurements), manifest["arguments"], manifest["weights"])
 
+    def faults(self, headline: str) -> list[str]:
+        """What cannot be measured against this baseline, one line each; directions at the headline hook."""
+        lines = [
+            f"{place.subject} at {headline}: {place.faults[headline]}; its rows are marked"
+            for place in self.places
+            if headline in place.faults
+        ]
+        if self.before is not None and self.before.fault:
+            lines.append(f"refusal log-odds will not be measured: {self.before.fault}")
+        return lines
+
     def check(self, settings: dict[str, Any], weights: dict[str, str], where: str) -> None:
         """Refuse a baseline of another run. weights: those that must be equal.
 

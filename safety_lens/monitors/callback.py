@@ -20,7 +20,8 @@ from safety_lens.log import Measurement
 from safety_lens.monitors.actions import Action, Alarm, actions_named
 from safety_lens.monitors.alarm import Level, StopRule, Verdict
 from safety_lens.monitors.asking import Probes
-from safety_lens.monitors.drift_log import DriftLog
+from safety_lens.monitors.baseline import Baseline
+from safety_lens.monitors.drift_log import DriftLog, write_csv
 from safety_lens.monitors.inputs import named_concepts
 from safety_lens.monitors.isolation import undisturbed
 from safety_lens.monitors.monitor import Monitor
@@ -131,6 +132,9 @@ class MonitorCallback(TrainerCallback):
         """Measure the end unless that is done; release the hooked model."""
         self._measure(args, state, control, parts, last=True)
         self._reporters.close(args, state, control)
+        if state.is_world_process_zero and self.log is not None:
+            with undisturbed():
+                write_csv(self.log.path)
         self._monitor = None
 
     # --- work -------------------------------------------------------------------------------------------------------
@@ -205,11 +209,14 @@ class MonitorCallback(TrainerCallback):
         tokenizer = self.tokenizer if self.tokenizer is not None else parts.get("processing_class")
         self._monitor = Monitor(parts["model"], self.concepts, tokenizer=tokenizer, **self._settings)
         folder = Path(self._baseline_name or path.with_name(f"{path.stem}-baseline"))
+        for line in self._monitor.pair_lines:
+            LOG.info(line)
+        LOG.info("monitor: measuring the state before training, or reading it from %s", folder)
         baseline = self._monitor.baseline(folder, resumed=step > 0)
+        self._report_faults(baseline)
         self.rule.replay(log.rows)
         self._alarmed = self.rule.verdict.level is Level.ALARM
         if not log.rows:
-            self._warn_of_faults(baseline.places)
             log.append(baseline.rows)
             self._report(args, state, control, baseline.rows, parts)
         return self.rule.verdict
@@ -218,11 +225,13 @@ class MonitorCallback(TrainerCallback):
         bare = self._log_name.parent == Path()
         return Path(args.output_dir) / self._log_name if bare else self._log_name
 
-    def _warn_of_faults(self, places: Sequence[Any]) -> None:
-        headline = self._monitor.headline if self._monitor else ""
-        for place in places:
-            if headline in place.faults:
-                LOG.warning("%s at %s: %s; its rows are marked", place.subject, headline, place.faults[headline])
+    def _report_faults(self, baseline: Baseline) -> None:
+        """Log, before the first step, what this run cannot measure."""
+        for line in baseline.faults(self._monitor.headline if self._monitor else ""):
+            LOG.warning(line)
+        seconds = next((row.value for row in baseline.rows if (row.subject, row.metric) == ("run", "seconds")), None)
+        if seconds is not None:
+            LOG.info("monitor: the measurement before training took %.0f s", seconds)
 
     def _measurement(
         self,
@@ -235,7 +244,9 @@ class MonitorCallback(TrainerCallback):
         if self._monitor is None or self.log is None:
             raise DataError("the monitor could not be set up at the start of training, so nothing is measured")
         rows = self._monitor.measure(state.global_step)
-        verdict = self.rule.update(rows)
+        before, verdict = self.rule.verdict, self.rule.update(rows)
+        if verdict.level is Level.NOTICE and before.level is not Level.NOTICE:
+            LOG.warning("notice at step %d: %s", state.global_step, "; ".join(verdict.reasons))
         if last and self._audits and not any(row.metric == "finite" for row in rows):
             rows += self._monitor.audit(state.global_step)
         note = "; ".join(verdict.reasons) or None

@@ -131,6 +131,22 @@ def read_log(path: str | Path) -> list[Measurement]:
     return rows
 
 
+def write_csv(path: str | Path) -> Path | None:
+    """Write `csv_view` of a log next to it, as `<name>.csv`; None where the log has no rows of a direction.
+
+    Raises:
+        ArtifactError: no such log, or the table cannot be written.
+    """
+    table = Path(path).with_suffix(".csv")
+    if not any(row.metric == "cosine_to_baseline" for row in read_log(path)):
+        return None
+    try:
+        table.write_text(csv_view(path), encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(f"cannot write {table}: {error.strerror or error}") from error
+    return table
+
+
 def csv_view(path: str | Path, hook: str | None = None) -> str:
     """The log as a table with one row per (step, concept), all concepts at one and the same hook.
 

@@ -36,7 +36,7 @@ from safety_lens.monitors.isolation import plain_forward, undisturbed
 from safety_lens.monitors.neuron_drift.held import HeldGroups
 from safety_lens.monitors.neuron_drift.rows import drift_rows
 from safety_lens.monitors.neuron_drift.watch import WHOLE, DriftWatch
-from safety_lens.monitors.readings import Pairs, Read, Reader, chosen
+from safety_lens.monitors.readings import Pairs, Read, Reader, chosen, describe_pairs
 from safety_lens.positions import Positions, last_token
 from safety_lens.probes.directions import Direction
 from safety_lens.probes.estimators import estimator
@@ -54,7 +54,8 @@ class Monitor:
     how many pairs are read each time.
     probes: what behaviour is measured, None for none. groups: neuron groups whose weights are watched too (see `drift`;
     models with adapters only); frozen: groups that training keeps still, left out there. common: the hooks nearest to
-    a quarter, half, three quarters and the end of the model, the same for every concept. headline: one of them, for
+    a quarter, half, three quarters and the end of the model, the same for every concept. pair_lines: a line about the
+    pairs that are read, per concept. headline: one of them, for
     summaries: where most concepts have evidence, then the nearest to depth 0.6; settled by the baseline.
 
     Raises:
@@ -80,7 +81,9 @@ class Monitor:
     ) -> None:
         estimator(method)
         self.trained, self.method, self.seed, self.pairs, self.probes = unwrapped(trained), method, seed, pairs, probes
-        self.concepts = tuple(chosen(c, pairs, seed) for c in named_concepts(concepts, tokenizer))
+        whole = named_concepts(concepts, tokenizer)
+        self.concepts = tuple(chosen(c, pairs, seed) for c in whole)
+        self.pair_lines = tuple(describe_pairs(c, pairs) for c in whole)
         check_tokenizer(tokenizer, self.trained)
         with undisturbed(), plain_forward(self.trained):
             self.model: HookedTransformer = load_model(self.trained, tokenizer=tokenizer)
@@ -145,6 +148,7 @@ class Monitor:
         return min(hooks, key=lambda hook: abs(depth(hook, self.model.cfg.n_layers) - PREFERRED_DEPTH))
 
     def _measured_baseline(self) -> Baseline:
+        started = time.perf_counter()
         self._folder.fold()
         reads = self._reader.read(self.model)
         if not all(read.finite for read in reads):
@@ -158,6 +162,7 @@ class Monitor:
         rows.append(Measurement("run", "headline", 1.0, hook=self._headline(places), step=0, seed=self.seed))
         rows += [Measurement("run", "common", 1.0, hook=hook, step=0, seed=self.seed) for hook in self.common]
         rows += self._group_rows(0)
+        rows.append(Measurement("run", "seconds", time.perf_counter() - started, step=0, seed=self.seed))
         return Baseline(places, before, tuple(rows), self._settings(), base_weights(self.trained, frozen_only=False))
 
     def _settings(self) -> dict[str, Any]:

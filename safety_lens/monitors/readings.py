@@ -10,6 +10,7 @@ from transformer_lens import HookedTransformer
 
 from safety_lens.activations import capture, encode_for
 from safety_lens.data import Concept, ContrastPair, Encoded
+from safety_lens.data.built_in import pairs_in_use
 from safety_lens.errors import DataError
 from safety_lens.positions import Positions, last_token
 
@@ -31,6 +32,13 @@ class Pairs:
             asked = getattr(self, name)
             if asked is not None and asked < least:
                 raise DataError(f"{name}={asked} pairs are too few: a direction with its noise needs {least} or more")
+
+
+def describe_pairs(concept: Concept, pairs: Pairs) -> str:
+    """One line: "pairs: built-in refusal, plain English: 64 train, 64 val, 64 test; 24 train and 16 test are read"."""
+    sizes = ((len(concept.train), pairs.train), (len(concept.test), pairs.test))
+    train, test = (n if most is None else min(n, most) for n, most in sizes)
+    return f"pairs: {pairs_in_use(concept)}; {train} train and {test} test are read"
 
 
 def chosen(concept: Concept, pairs: Pairs, seed: int) -> Concept:

@@ -27,6 +27,7 @@ from safety_lens.monitors.alarm import StopRule
 from safety_lens.monitors.audit import Gaps, audit_adapter, input_gaps
 from safety_lens.monitors.baseline import Baseline
 from safety_lens.monitors.monitor import Monitor
+from safety_lens.monitors.readings import Pairs
 from safety_lens.probes.directions import Direction
 
 
@@ -109,18 +110,24 @@ def measure_saved(
     hooks: Callable[[int], list[str] | None] = lambda n_layers: None,
     method: str = "dim",
     probes: Probes | None = Probes(),  # noqa: B008 (frozen)
+    pairs: Pairs = Pairs(),  # noqa: B008 (frozen)
+    stop_rule: Callable[[], StopRule] = StopRule,
     seed: int = 0,
     device: torch.device | str = "auto",
     dtype: torch.dtype | str | None = None,
     on_rows: Callable[[str, Sequence[Measurement]], None] | None = None,
+    on_line: Callable[[str], None] = lambda line: None,
 ) -> list[SavedRun]:
     """Audit and measure every state of every source against the base.
 
     All states are audited from their weights first (M12, M13, M15: no forward through them); then they are measured
-    as a run in training would be. A state whose step nothing tells counts as step 1.
+    as a run in training would be. A state whose step nothing records comes after the others.
 
     Args:
         hooks: function of the number of blocks, giving hook names; None: every block's resid_post.
+        pairs: how many pairs of each concept are read.
+        stop_rule: makes a fresh rule; each run gets its own.
+        on_line: called with lines about what is read and what cannot be measured, before the first measurement.
         on_rows: called with the name of a run and rows as soon as they are there.
 
     Raises:
@@ -131,17 +138,26 @@ def measure_saved(
     if tokenizer is None:
         raise ModelError(f"{base} has no tokenizer: put its files into the folder")
     settings: dict[str, Any] = {
-        "tokenizer": tokenizer, "method": method, "probes": probes, "seed": seed,
+        "tokenizer": tokenizer, "method": method, "probes": probes, "pairs": pairs, "seed": seed,
         "hooks": hooks(int(hf.config.num_hidden_layers)),
     }  # fmt: skip
     notes = {name: [_checked(state, base, tokenizer) for state in states] for name, states in found.items()}
     first = Monitor(hf, concepts, **settings)
+    for line in (*first.pair_lines, f"measuring the base {base}"):
+        on_line(line)
     baseline = first.baseline()
-    against = _Base(hf, first, baseline, {c.name: _gaps(first, c) for c in first.concepts}, settings)
+    for line in baseline.faults(first.headline):
+        on_line(f"! {line}")
+    rules = {name: stop_rule() for name in found}
+    against = _Base(hf, first, baseline, {c.name: _gaps(first, c) for c in first.concepts}, settings, rules)
     rows = {name: [*baseline.rows] for name in found}
+    ordered = [(name, step, state) for name, states in found.items() for step, state in _ordered(states)]
+    for name, step, state in ordered:
+        if state.step is None:
+            rows[name].append(Measurement("run", UNKNOWN_STEP, 1.0, step=step))
     for work in (_audited, _measured):  # the audits of all first: they take seconds
-        for name, state in ((name, state) for name, states in found.items() for state in states):
-            made = work(against, state)
+        for name, step, state in ordered:
+            made = work(against, name, step, state)
             rows[name] += made
             if on_rows is not None:
                 on_rows(name, made)
@@ -149,14 +165,28 @@ def measure_saved(
     return [SavedRun(name, states, tuple(rows[name]), said[name]) for name, states in found.items()]
 
 
+UNKNOWN_STEP = "unknown_step"
+"""Metric of the "run" row of a saved state whose step nothing records; its number is only its place in the order."""
+
+
 class _Base(NamedTuple):
-    """The base as everything is compared with it. gaps: per concept, what the writing matrices read."""
+    """The base as everything is compared with it.
+
+    gaps: per concept, what the writing matrices read. rules: name of a run → its stop rule.
+    """
 
     hf: PreTrainedModel
     monitor: Monitor
     baseline: Baseline
     gaps: dict[str, Gaps]
     settings: dict[str, Any]
+    rules: dict[str, StopRule]
+
+
+def _ordered(states: Sequence[State]) -> list[tuple[int, State]]:
+    """Every state with its step; one whose step nothing records is put one after the last that is known."""
+    last = max((state.step for state in states if state.step is not None), default=0)
+    return [(last + 1 if state.step is None else state.step, state) for state in states]
 
 
 def _gaps(first: Monitor, concept: Concept) -> Gaps:
@@ -184,7 +214,7 @@ def base_directions(baseline: Baseline, hooks: Sequence[str]) -> list[Direction]
     ]
 
 
-def _audited(base: _Base, state: State) -> list[Measurement]:
+def _audited(base: _Base, name: str, step: int, state: State) -> list[Measurement]:
     rows: list[Measurement] = []
     live = _live(base.hf, state)
     directions = base_directions(base.baseline, base.monitor.common)
@@ -192,22 +222,17 @@ def _audited(base: _Base, state: State) -> list[Measurement]:
         mine = [d for d in directions if d.concept == concept.name]
         whole = not rows  # what is not about a direction is said once
         found = audit_adapter(base.hf, live, mine, gaps=base.gaps[concept.name], intruders=whole, other_base=True)
-        rows += [replace(row, step=_step_of(state)) for row in found if whole or row.subject != "run"]
+        rows += [replace(row, step=step) for row in found if whole or row.subject != "run"]
     return rows
 
 
-def _measured(base: _Base, state: State) -> list[Measurement]:
-    step = _step_of(state)
+def _measured(base: _Base, name: str, step: int, state: State) -> list[Measurement]:
     monitor = Monitor(_live(base.hf, state), base.monitor.concepts, **base.settings)
     monitor.adopt(base.baseline)
     measured = monitor.measure(step)
-    verdict = StopRule().update(measured)
+    verdict = base.rules[name].update(measured)
     note = "; ".join(verdict.reasons) or None
     return [*measured, Measurement("run", "level", float(verdict.level), step=step, note=note)]
-
-
-def _step_of(state: State) -> int:
-    return 1 if state.step is None else state.step
 
 
 def _live(hf: PreTrainedModel, state: State) -> nn.Module:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from safety_lens.log import Measurement
-from safety_lens.report.drift_tables import ALARM, Drift, Runs
+from safety_lens.report.drift_tables import ALARM, Drift, Runs, digits_of
 from safety_lens.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, _short, save_figure
 
 if TYPE_CHECKING:
@@ -28,13 +28,15 @@ METRICS = (
 )
 """Rows of the metric heat map; norms and causal use are divided by their value before training."""
 RELATIVE = ("direction_norm", "causal_use")
+BAND = "re-drawn pairs before training (95 %)"
 
 
 def cosine_drift(rows: Sequence[Measurement], title: str = "") -> "Figure":
     """Cosine of every direction with its baseline over steps: a row of panels a concept, a column a common hook.
 
-    Grey band: from the noise floor, which two independent samples of pairs reach before any training, up to 1; inside
-    it, drift cannot be told from the choice of pairs. Dashed: the cosine corrected for that noise, where it is known.
+    Grey band: from the noise floor, the cosine that 95 % of re-drawn samples of the pairs keep before training, up to 1.
+    The curve is paired (the same pairs before and now), so it can leave 1 inside the band: the band shows how well the
+    pairs determine the direction, not whether the direction turned. Dashed: the corrected cosine, where it is known.
     """
     from matplotlib.figure import Figure
 
@@ -60,7 +62,7 @@ def cosine_drift(rows: Sequence[Measurement], title: str = "") -> "Figure":
 def _cosine_panel(axes: "Axes", d: Drift, subject: str, hook: str, color: str, style: str) -> None:
     fault, floor = d.fault(subject, hook), d.floor(subject, hook)
     color = GREY if fault else color
-    axes.axhspan(floor, 1, color="black", alpha=0.08, lw=0, label="within the noise of choosing pairs")
+    axes.axhspan(floor, 1, color="black", alpha=0.08, lw=0, label=BAND)
     _band(axes, d.steps, d.curve(subject, "cosine_to_baseline", hook), color, style, "cosine, 95 % interval")
     corrected = np.array([d.known(subject, "cosine_cv", t, hook).value for t in d.steps])
     axes.plot(d.steps, corrected, "--", color="black", lw=1, label="corrected for noise")
@@ -115,7 +117,7 @@ def metric_heatmap(rows: Sequence[Measurement], title: str = "") -> "Figure":
         for (i, j), value in np.ndenumerate(grid):
             if len(d.steps) <= 24 and np.isfinite(value):
                 ink = "black" if 0.12 < value < 0.88 else "white"
-                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color=ink)
+                axes.text(j, i, f"{value:.{digits_of(value)}f}", ha="center", va="center", fontsize=6, color=ink)
         axes.set_title(subject + (" (no result before training)" if d.fault(subject, hook) else ""), fontsize=8)
         axes.set(xlabel="step")
         _step_ticks(axes, d.steps)
@@ -140,6 +142,7 @@ def refusal_odds(rows: Sequence[Measurement], title: str = "") -> "Figure":
     top.axhline(0, color="black", lw=0.6)
     top.set(ylabel="refusal log-odds (nats)")
     bottom.set(ylabel="share of prompts refused", xlabel="step", ylim=(-0.03, 1.03))
+    bottom.xaxis.get_major_locator().set_params(integer=True)
     facts = d.curve("behaviour/facts", "accuracy")
     if np.isfinite(facts[:, 0]).any():
         _band(bottom, d.steps, facts, GREEN, "D-", "facts answered rightly")
@@ -175,14 +178,13 @@ def drift_and_behaviour(rows: Sequence[Measurement], title: str = "") -> "Figure
             fmt=style, color=color, ms=4, lw=1, elinewidth=0.6, alpha=0.3 if fault else 1.0,
             label=subject + (" (no result before training)" if fault else ""),
         )  # fmt: skip
-        if d.steps and np.isfinite(cosine[-1, 0]):
-            axes.annotate(f" {d.last}", (cosine[-1, 0], change[-1, 0]), fontsize=7, color=color)
+        axes.scatter(cosine[-1:, 0], change[-1:, 0], s=70, facecolors="none", edgecolors=color)
     axes.axhline(0, color="black", lw=0.6)
     axes.axvline(1, color="black", lw=0.6)
     axes.set(
         xlabel=f"cosine to baseline at {d.headline}", ylabel="change of refusal log-odds\non harmful prompts (nats)"
     )
-    axes.set_title(f"{title}\n95 % intervals; the number is the last step".strip(), fontsize=10)
+    axes.set_title(f"{title}\n95 % intervals; ringed: the last step, {d.label(d.last)}".strip(), fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
@@ -202,7 +204,7 @@ def run_comparison(runs: Runs, title: str = "") -> "Figure":
             _band(axes, d.steps, d.curve(subject, "cosine_to_baseline", d.headline), color, style, name)
         first = next(iter(read.values()))
         floor = first.floor(subject, first.headline)
-        axes.axhspan(floor, 1, color="black", alpha=0.08, lw=0, label="within the noise of choosing pairs")
+        axes.axhspan(floor, 1, color="black", alpha=0.08, lw=0, label=BAND)
         axes.set_title(
             subject + ("\n(no result before training)" if first.fault(subject, first.headline) else ""), fontsize=9
         )

@@ -18,8 +18,8 @@ UNPROVEN = "before training"
 """What the note of a baseline direction that is no result says."""
 
 
-ALARM = 2
-"""The level of an alarm in the "run"/"level" rows."""
+NOTICE, ALARM = 1, 2
+"""The levels of a notice and of an alarm in the "run"/"level" rows."""
 
 
 class Drift:
@@ -64,13 +64,17 @@ class Drift:
     def last(self) -> int:
         return self.steps[-1] if self.steps else 0
 
+    def label(self, step: int) -> str:
+        """The step as a reader knows it: "end" for saved weights whose step nothing records."""
+        return "end" if self.row("run", "unknown_step", step) else str(step)
+
 
 def drift_table(runs: Runs) -> WordTable:
     """One row per run and concept at the common headline hook, at the run's last step."""
     hooks = {_hook(Drift(rows).headline) for rows in runs.values()}
     title = f"Directions at {', '.join(sorted(hooks))}, last step (95 % intervals)"
-    columns = ("run", "step", "concept", "cosine to\nbaseline", "noise\nfloor", "cosine,\ncorrected",
-               "AUROC, old\ndirection", "AUROC, new\ndirection")  # fmt: skip
+    columns = ("run", "step", "concept", "cosine to\nbaseline", "lowest of\nall hooks", "noise\nfloor",
+               "cosine,\ncorrected", "AUROC, old\ndirection", "AUROC, new\ndirection")  # fmt: skip
     table = WordTable(*columns, title=title)
     for name, rows in runs.items():
         d = Drift(rows)
@@ -83,7 +87,8 @@ def drift_table(runs: Runs) -> WordTable:
             corrected = _stacked(d.known(subject, "cosine_cv", d.last, d.headline))
             floor = number(d.floor(subject, d.headline))
             label = Text(subject.replace("/", "\n") + (" !" if faulty else ""))
-            table.add_row(Text(name), str(d.last), label, cosine, floor, corrected, old, new)
+            lowest = _lowest(d, subject)
+            table.add_row(Text(name), d.label(d.last), label, cosine, lowest, floor, corrected, old, new)
     return table
 
 
@@ -110,16 +115,16 @@ def behaviour_table(runs: Runs) -> WordTable:
     for name, rows in runs.items():
         d = Drift(rows)
         for step in sorted({0, d.last} & set(d.steps)):
-            table.add_row(Text(name), str(step), *(_stacked(d.get(s, m, step)) for s, m, _ in shown))
+            table.add_row(Text(name), d.label(step), *(_stacked(d.get(s, m, step)) for s, m, _ in shown))
     return table
 
 
 def show_runs(runs: Runs, told: Collection[str] = ()) -> list[WordTable | Text]:
-    """Both tables, remarks, and alarms, ready to be printed. told: runs whose alarm a reader has seen already."""
+    """Both tables, remarks, and the verdict on every run, ready to be printed. told: runs whose alarm a reader has seen already."""
     parts: list[WordTable | Text] = [drift_table(runs)]
     if any(row.subject == "behaviour/harmful" for rows in runs.values() for row in rows):
         parts.append(behaviour_table(runs))
-    return [*parts, *(Text(line) for line in (*remarks(runs), *alarms(runs, told)))]
+    return [*parts, *(Text(line) for line in (*remarks(runs), *verdicts(runs, told)))]
 
 
 AUDITS = (
@@ -148,7 +153,7 @@ def audit_table(runs: Runs) -> WordTable | None:
             )
             for subject in dict.fromkeys(s for s, m, _, t in totals if m == "alignment_write" and t == step):
                 cells = [_audit_cell(totals, subject, pair, Drift(rows).headline, step) for pair in AUDITS]
-                table.add_row(Text(name), str(step), change, f"{found} ({random})", Text(subject), *cells)
+                table.add_row(Text(name), Drift(rows).label(int(step or 0)), change, f"{found} ({random})", Text(subject), *cells)
     return table
 
 
@@ -166,18 +171,26 @@ def _audit_cell(
     return value if pair[1] is None else f"{value} ({number(totals.get((subject, pair[1], hook, step), NAN))})"
 
 
-def alarms(runs: Runs, told: Collection[str] = ()) -> list[str]:
-    """The first alarm of every run that had one, in the monitor's words; runs in `told` say only when and how often."""
-    levels = {
-        name: [row for row in rows if (row.subject, row.metric) == ("run", "level")] for name, rows in runs.items()
-    }
-    alarmed = {name: [row for row in rows if row.value >= ALARM] for name, rows in levels.items()}
-    return [
-        f"{name}: ALARM at step {rows[0].step}"
-        + (f", and at {len(rows)} of {len(levels[name])} measurements" if name in told else f": {rows[0].note}")
-        for name, rows in alarmed.items()
-        if rows
-    ]
+def verdicts(runs: Runs, told: Collection[str] = ()) -> list[str]:
+    """One line per run: its first alarm, else its first notice, else that there was neither, with the reasons.
+
+    told: runs whose reasons a reader has seen already; their line gives only step and number.
+    """
+    lines = []
+    for name, rows in runs.items():
+        d = Drift(rows)
+        levels = [row for row in d.rows if (row.subject, row.metric) == ("run", "level")]
+        if not levels:
+            continue
+        highest = int(max(row.value for row in levels))
+        if highest < NOTICE:
+            lines.append(f"{name}: no alarm and no notice in {len(levels)} measurements")
+            continue
+        at = [row for row in levels if row.value >= highest]
+        first = f"{name}: {'ALARM' if highest >= ALARM else 'NOTICE'} at step {d.label(int(at[0].step or 0))}"
+        more = f", and at {len(at)} of {len(levels)} measurements" if name in told else f": {at[0].note}"
+        lines.append(first + more)
+    return lines
 
 
 def remarks(runs: Runs) -> list[str]:
@@ -195,7 +208,24 @@ def remarks(runs: Runs) -> list[str]:
 
 
 def _stacked(value: Interval) -> str:
-    return with_interval(value).replace(" [no interval]", "").replace(" [", "\n[")
+    return with_interval(value, digits_of(*value)).replace(" [no interval]", "").replace(" [", "\n[")
+
+
+def digits_of(*values: float) -> int:
+    """Decimals that a cell needs: 3 where 2 would show the same number throughout, or 1 for what is not 1."""
+    known = [value for value in values if np.isfinite(value)]
+    hidden = len({f"{value:.2f}" for value in known}) == 1 and len(set(known)) > 1
+    return 3 if hidden or any(0.995 <= value < 1 for value in known) else 2
+
+
+def _lowest(d: Drift, subject: str) -> str:
+    """The smallest cosine over all hooks at the last step, and its hook."""
+    found = {hook: d.get(subject, "cosine_to_baseline", d.last, hook).value for hook in d.hooks}
+    known = {hook: value for hook, value in found.items() if np.isfinite(value)}
+    if not known:
+        return "–"
+    hook = min(known, key=lambda name: known[name])
+    return f"{number(known[hook], digits_of(known[hook]))}\n{_hook(hook)}"
 
 
 def _hook(hook: str | None) -> str:

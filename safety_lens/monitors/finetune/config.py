@@ -121,11 +121,19 @@ class Stop(Section):
     faster: int = Field(default=5, ge=1)
 
 
+class ReadPairs(Section):
+    """How many pairs of each concept a measurement reads: `safety_lens.monitors.Pairs`; null reads all."""
+
+    train: int | None = Field(default=24, ge=4)
+    test: int | None = Field(default=16, ge=2)
+
+
 class Monitoring(Section):
     """What is measured while training.
 
     every: optimizer steps between measurements. concepts: built-in names or files of contrast pairs; none switches the
-    monitor off. layers: blocks whose resid_post is read, default all. probes: also measure behaviour (refusals, KL,
+    monitor off. pairs: how many of their pairs are read. layers: blocks whose resid_post is read, default all. probes:
+    also measure behaviour (refusals, KL,
     facts); probe_prompts: how many prompts of each kind. groups: neuron groups whose weights are watched as well,
     `FOLDER` or `FOLDER:GROUP` of a groups artifact (adapters only). on_alarm: what happens at an alarm. on_error:
     "raise" ends the run when a measurement fails, "warn" goes on without it.
@@ -133,6 +141,7 @@ class Monitoring(Section):
 
     every: int = Field(default=50, ge=1)
     concepts: list[str] = Field(default_factory=list)
+    pairs: ReadPairs = ReadPairs()
     layers: list[int] | None = None
     method: str = "dim"
     probes: bool = True

@@ -10,6 +10,7 @@ from safety_lens.monitors.alarm import StopRule
 from safety_lens.monitors.callback import MonitorCallback
 from safety_lens.monitors.finetune.config import RunConfig
 from safety_lens.monitors.finetune.place import LOG
+from safety_lens.monitors.readings import Pairs
 from safety_lens.probes.groups import NeuronGroup
 
 
@@ -41,7 +42,7 @@ def monitor_callback(
 
 
 def monitor_settings(config: RunConfig, n_layers: int) -> dict[str, Any]:
-    """What `Monitor` and `MonitorCallback` are both told: hooks, method, probes and seed.
+    """What `Monitor` and `MonitorCallback` are both told: hooks, method, pairs, probes and seed.
 
     Raises:
         DataError: blocks that the model does not have.
@@ -50,6 +51,7 @@ def monitor_settings(config: RunConfig, n_layers: int) -> dict[str, Any]:
     return {
         "hooks": None if chosen.layers is None else resid_hooks(chosen.layers, n_layers),
         "method": chosen.method,
+        "pairs": Pairs(**chosen.pairs.model_dump()),
         "probes": Probes(n=chosen.probe_prompts) if chosen.probes else None,
         "seed": config.seed,
     }
