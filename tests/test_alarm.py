@@ -68,8 +68,7 @@ def test_behaviour_comes_first_and_a_direction_is_one_reason_however_many_hooks_
         "refusal log odds on harmful prompts fell by 1.25 nats [1.00, 1.75]",
         "direction refusal/dim turned at 4 hooks, most at blocks.3.hook_resid_post:"
         " corrected cosine 0.600 [0.550, 0.640]",
-        "direction deception/dim turned at blocks.3.hook_resid_post:"
-        " corrected cosine 0.500 [0.450, 0.600]",
+        "direction deception/dim turned at blocks.3.hook_resid_post: corrected cosine 0.500 [0.450, 0.600]",
     )
 
 

@@ -34,7 +34,7 @@ BAND = "re-drawn pairs before training (95 %)"
 def cosine_drift(rows: Sequence[Measurement], title: str = "") -> "Figure":
     """Cosine of every direction with its baseline over steps: a row of panels a concept, a column a common hook.
 
-    Grey band: from the noise floor, the cosine that 95 % of re-drawn samples of the pairs keep before training, up to 1.
+    Grey band: from the noise floor, the cosine that 95 % of re-drawn samples of the pairs keep before training, to 1.
     The curve is paired (the same pairs before and now), so it can leave 1 inside the band: the band shows how well the
     pairs determine the direction, not whether the direction turned. Dashed: the corrected cosine, where it is known.
     """

@@ -120,7 +120,7 @@ def behaviour_table(runs: Runs) -> WordTable:
 
 
 def show_runs(runs: Runs, told: Collection[str] = ()) -> list[WordTable | Text]:
-    """Both tables, remarks, and the verdict on every run, ready to be printed. told: runs whose alarm a reader has seen already."""
+    """Both tables, remarks, and the verdict on every run. told: runs whose alarm a reader has seen already."""
     parts: list[WordTable | Text] = [drift_table(runs)]
     if any(row.subject == "behaviour/harmful" for rows in runs.values() for row in rows):
         parts.append(behaviour_table(runs))
@@ -153,7 +153,9 @@ def audit_table(runs: Runs) -> WordTable | None:
             )
             for subject in dict.fromkeys(s for s, m, _, t in totals if m == "alignment_write" and t == step):
                 cells = [_audit_cell(totals, subject, pair, Drift(rows).headline, step) for pair in AUDITS]
-                table.add_row(Text(name), Drift(rows).label(int(step or 0)), change, f"{found} ({random})", Text(subject), *cells)
+                table.add_row(
+                    Text(name), Drift(rows).label(int(step or 0)), change, f"{found} ({random})", Text(subject), *cells
+                )
     return table
 
 
