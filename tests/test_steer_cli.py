@@ -6,19 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import synthetic
 import torch
 import zoo
+from scipy.stats import binomtest
 
 from safety_lens import cli
+from safety_lens.artifacts import load_artifact
 from safety_lens.cli.steer_prompts import Asked, limited, read_prompts, with_roles
 from safety_lens.errors import DataError
 from safety_lens.generation import generate
+from safety_lens.interventions.side_effects import instructions
 from safety_lens.interventions.steering import ablate, steer
 from safety_lens.interventions.sweeping import run as sweep_run
 from safety_lens.models import load_model
 from safety_lens.probes.store import load_directions
+
+KINDS = ("harmful", "harmless")
 
 
 class Done(NamedTuple):
@@ -123,7 +129,7 @@ def test_steer_shows_the_steered_answer_beside_the_other(run: Run, ground: Groun
     assert plain in done.out
     assert steered in done.out
     row = json.loads(run("w20 w21", "--coeff", 3, "--json").out)
-    assert row == {"prompt": "w20 w21", "label": None, "without": plain, "with": steered}
+    assert (row["prompt"], row["label"], row["without"], row["with"]) == ("w20 w21", None, plain, steered)
 
 
 def test_zero_changes_nothing_and_ablation_is_ablation(run: Run, ground: Ground) -> None:
@@ -167,11 +173,72 @@ def test_a_target_kl_is_solved_and_said(run: Run, ground: Ground) -> None:
     assert "nats per token on 3 prompts" in done.err
 
 
-def test_json_keeps_twelve_tokens_of_answers_to_harmful_prompts(run: Run, ground: Ground) -> None:
-    rows = [json.loads(x) for x in run("--prompts", ground.prompts, "--max-tokens", 20, "--json").out.splitlines()]
-    for row in rows:
-        assert len(row["with"].split()) <= (12 if row["label"] == "harmful" else 20)
-    assert any(len(row["with"].split()) > 12 for row in rows)
+def test_answers_to_harmful_prompts_that_are_no_refusals_are_withheld_everywhere(
+    run: Run, ground: Ground, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    rows = [json.loads(x) for x in run("--prompts", ground.prompts, "--json", "--out", out).out.splitlines()]
+    assert {row["label"]: row["with"] is None for row in rows} == {"harmful": True, "harmless": False}
+    assert [json.loads(x) for x in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()] == rows
+    printed = run("--prompts", ground.prompts, "--harmful").out
+    assert printed.count("withheld") == 2 * len(rows)
+    assert not any(row["with"] in printed for row in rows if row["with"])
+    assert "one to a harmful prompt is not shown" in run("w5", "--harmful", "--stream").err
+
+
+def test_the_system_prompt_is_given_to_prompts_that_have_none_and_recorded(
+    run: Run, ground: Ground, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    file = write(tmp_path / "p.jsonl", [{"prompt": "w20 w21"}, {"prompt": "w20 w21", "system": "w33"}])
+    done = run("--prompts", file, "--system", "w30 w31", "--coeff", 0, "--json", "--out", out)
+    model = load_model(ground.model, check=False)
+    asked = [
+        [{"role": "system", "content": system}, {"role": "user", "content": "w20 w21"}] for system in ("w30 w31", "w33")
+    ]
+    wanted = [g.text for g in generate(model, asked, max_new_tokens=6, ignore_eos=True)]
+    assert [json.loads(line)["without"] for line in done.out.splitlines()] == wanted
+    assert load_artifact(out).manifest["arguments"]["system"] == "w30 w31"
+
+
+def test_scores_without_a_sweep_are_levels_of_both_and_their_paired_change(run: Run, ground: Ground) -> None:
+    flags = ("--prompts", ground.prompts, "--coeff", 4, "--scorer", "regex:w[1-4]", "--harmful")
+    lines = [json.loads(line) for line in run(*flags, "--json").out.splitlines()]
+    answers = [line for line in lines if "metric" not in line]
+    numbers = {(r["metric"], r["split"]): r for r in lines if "metric" in r}
+    for group in ("all", "harmful", "harmless"):
+        mine = [a["scores"]["regex/w[1-4]"] for a in answers if group in ("all", a["label"])]
+        plain, steered = (np.array([pair[side] for pair in mine]) for side in ("without", "with"))
+        assert numbers["regex/w[1-4]/without", group]["value"] == plain.mean()
+        assert numbers["regex/w[1-4]/with", group]["value"] == steered.mean()
+        change = numbers["regex/w[1-4]/change", group]
+        assert change["value"] == pytest.approx((steered - plain).mean())
+        assert change["low"] <= change["value"] <= change["high"]
+        more, fewer = int((steered > plain).sum()), int((steered < plain).sum())
+        mcnemar = binomtest(more, more + fewer).pvalue if more + fewer else 1.0
+        assert numbers["regex/w[1-4]/p", group]["value"] == pytest.approx(mcnemar)
+    assert {a["scores"]["regex/w[1-4]"]["with"] for a in answers} == {0.0, 1.0}, "the edit moves no score: no test"
+    table = run(*flags).out
+    assert "regex/w[1-4]" in table
+    assert "harmless 5" in table
+
+
+def test_ablating_refusal_lowers_the_organisms_rate_on_harmful_requests_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked = [{"prompt": p, "label": kind} for kind in KINDS for p in instructions(kind, "test")[:12]]
+    where = ["--concept", "refusal", "--hook", "blocks.5.hook_resid_post", "--ablate"]
+    flags = ["--prompts", write(tmp_path / "p.jsonl", asked), "--scorer", "refusal", "--max-tokens", 16, "--json"]
+    done = invoke(monkeypatch, capsys, "steer", *where, *flags)
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    found = {(r["metric"], r["split"]): r for r in rows if "metric" in r}
+    assert found["refusal/without", "harmful"]["low"] > 0.5
+    assert found["refusal/with", "harmful"]["high"] < 0.5
+    assert found["refusal/change", "harmful"]["high"] < 0
+    assert found["refusal/p", "harmful"]["value"] < 0.01
+    assert found["refusal/without", "harmless"]["value"] == found["refusal/with", "harmless"]["value"] == 0
+    withheld = [row["with"] for row in rows if row.get("label") == "harmful"]
+    assert withheld == [None] * 12
 
 
 # --- sweeps and their report ----------------------------------------------------------------------------------------
@@ -262,6 +329,15 @@ def test_roles_follow_the_file_or_are_drawn_within_each_label() -> None:
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[list[object], str]] = [
+    (["w5", "--goal", "lower", "--coeffs", "1,2"], "do nothing here: --coeffs, --goal (acts with --sweep alone)"),
+    (["w5", "--benign", "b.txt"], "--benign (read with --target-kl, or by a sweep)"),
+    (["w5", "--sweep", "--scorer", "regex:w1", "--coeff", "2"], "--coeff (a sweep tries"),
+    (["w5", "--overwrite"], "--overwrite (replaces what is in --out)"),
+    (["w5", "--top-p", "0.5"], "--top-p (acts at --temperature above 0)"),
+    (["w5", "--raw", "--system", "w6"], "--system (needs the chat template"),
+    (["w5", "--scorer", "regex:("], "is not a regular expression"),
+    (["w5", "--scorer", "lexicon:/no/such"], "/no/such"),
+    (["w5", "--scorer", "nonsense"], "no scorer 'nonsense'"),
     ([], "nothing to say to the model"),
     ([" "], "prompt 1 is empty"),
     (["w5", "--coeff", "nan"], "the coefficient must be a finite number"),
@@ -300,6 +376,22 @@ def test_without_a_direction_and_with_another_models_it_is_refused(run: Run, gro
     done = run("w5", "--model", tmp_path / "other")
     assert done.code == 2
     assert "same shape, other weights" in done.err
+
+
+def test_scorers_and_files_are_checked_before_the_model_is_loaded(
+    run: Run, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safety_lens.models.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "note.txt").write_text("mine", encoding="utf-8")
+    for flags, says in (
+        (["--scorer", "lexicon:/no/such"], "/no/such"),
+        (["--scorer", "refusal-log-odds:x"], "takes no argument"),
+        (["--target-kl", "1", "--benign", tmp_path / "none.txt"], "no such file"),
+        (["--out", tmp_path / "taken"], "taken"),
+    ):
+        done = run("w5", *flags)
+        assert (done.code, says in done.err) == (2, True), done.err
 
 
 def test_report_refuses_what_is_no_sweep(

@@ -1,7 +1,9 @@
 """Options that every verb spells the same way."""
 
+from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -62,3 +64,10 @@ def parse_read_pairs(text: str) -> dict[str, int | None]:
     if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
         raise DataError(f"--read-pairs {text!r}: give TRAIN,TEST such as 40,20, or all")
     return {"train": int(parts[0]), "test": int(parts[1])}
+
+
+def changed(verb: Callable[..., None], given: Mapping[str, Any]) -> dict[str, str]:
+    """Flags of a verb's options whose value is not the default, by name."""
+    options = {name: p for name, p in signature(verb).parameters.items() if given[name] != p.default}
+    spelt = {name: p.annotation.__metadata__[0].param_decls or () for name, p in options.items()}
+    return {name: next(iter(flags), f"--{name.replace('_', '-')}") for name, flags in spelt.items()}

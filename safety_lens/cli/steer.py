@@ -1,32 +1,27 @@
-"""`safety-lens steer`: answers with a direction added or removed, beside the answers without; or a whole sweep."""
+"""`safety-lens steer`: answers with a direction added or removed, next to the answers without; or a whole sweep."""
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import typer
-
+from safety_lens.artifacts import check_place
 from safety_lens.cli import options, terminal
 from safety_lens.cli import steer_options as own
 from safety_lens.cli.extract import parse_layers
+from safety_lens.cli.steer_answers import KIND, Place, check_stream, show_answers, stream_answers
+from safety_lens.cli.steer_idle import refuse_idle
 from safety_lens.cli.steer_prompts import Asked, limited, read_prompts
 from safety_lens.cli.steer_source import hooks_of, read_source
-from safety_lens.cli.steer_sweep import check_sweep
+from safety_lens.cli.steer_sweep import check_sweep, run_sweep
 from safety_lens.errors import DataError
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
-    from safety_lens.generation import Generation
-    from safety_lens.interventions.sweeping.plan import Decoding
     from safety_lens.interventions.sweeping.run import Edit
     from safety_lens.probes.directions import Direction
     from safety_lens.probes.extract import DirectionSet
-    from safety_lens.types import FwdHook
-
-KEPT_OF_HARMFUL = 12
+    from safety_lens.types import FwdHook, Prompt
 
 
 def steer(
@@ -54,6 +49,7 @@ def steer(
     top_k: own.TopK = 0,
     repetition_penalty: own.RepetitionPenalty = 1.0,
     ignore_eos: own.IgnoreEos = False,
+    system: own.System = None,
     raw: options.Raw = False,
     stream: own.Stream = False,
     sweep: own.Sweep = False,
@@ -70,7 +66,7 @@ def steer(
     harmful: own.Harmful = False,
     subset: own.Subset = None,
     limit: own.Limit = None,
-    out: own.SweepOut = None,
+    out: own.SteerOut = None,
     overwrite: options.Overwrite = False,
     adapter: options.Adapter = None,
     seed: options.Seed = 0,
@@ -80,36 +76,45 @@ def steer(
 ) -> None:
     """Steer generation along a direction, side by side with the unsteered answers.
 
-    With --sweep: coefficients × hooks with scorers, random and shuffled controls, intervals and side effects.
+    With --scorer also the scores of both, with intervals and the paired change. With --sweep: coefficients × hooks with
+    scorers, random and shuffled controls, intervals and side effects.
     """
     given = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
-    asked = limited(read_prompts(prompt, prompts, subset), limit, seed)
+    refuse_idle(given, options.changed(steer, given))
+    asked = limited(read_prompts(prompt, prompts, subset, system), limit, seed)
     wanted = parse_layers(layers)
-    _check(directions, concept, pairs, hook, wanted, stream and (sweep or len(asked) != 1))
+    _check(directions, concept, pairs, hook, wanted)
+    if stream:
+        check_stream(asked, harmful)
     if sweep:
         check_sweep(given)
+    elif out is not None:
+        check_place(out, KIND, overwrite)
+    benign_prompts = None if benign is None else [a.prompt for a in read_prompts(None, benign, system=system)]
     terminal.quiet_libraries()
+    from safety_lens.interventions.scorers.named import prepared_scorers
     from safety_lens.interventions.sweeping.plan import COEFFS, Decoding
     from safety_lens.models import load_model
 
     if units not in COEFFS:
         raise DataError(f"--units {units!r}: choose {' or '.join(COEFFS)}")
     decoding = Decoding(max_new_tokens, temperature, top_p, top_k, repetition_penalty, ignore_eos, raw)
+    make_scorers = prepared_scorers(scorer or [])
     hooked = load_model(model, adapter=adapter, device=device, dtype=dtype)
     source = read_source(hooked, directions, concept, pairs, method, point, positions, seed, raw)
     hooks = hooks_of(hooked, source.found, point, wanted, hook)
-    kept = None if benign is None else [a.text for a in read_prompts(None, benign)]
     if sweep:
-        from safety_lens.cli.steer_sweep import run_sweep
-
-        run_sweep(hooked, source, hooks, asked, decoding, kept, given)
+        run_sweep(hooked, source, hooks, asked, decoding, benign_prompts, make_scorers(hooked), given)
         return
     at = hooks if all_layers or wanted or hook else [source.found.best.hook]
     _say_what(source.found, at, ablate)
     plan = _Steering([source.found[h] for h in at], _edit(ablate), scope, _unit(hooked, at, units, asked))
     if target_kl is not None:
-        coeff = _solved(hooked, plan, coeff, target_kl, kept, raw)
-    _show(hooked, asked, plan.hooks(coeff), decoding, seed, stream, as_json, harmful)
+        coeff = _solved(hooked, plan, coeff, target_kl, benign_prompts, raw)
+    if stream:
+        stream_answers(hooked, asked[0], plan.hooks(coeff), decoding, seed)
+        return
+    show_answers(hooked, asked, plan.hooks(coeff), decoding, make_scorers(hooked), plan.place(coeff), given)
 
 
 def _say_what(found: "DirectionSet", at: Sequence[str], ablated: bool) -> None:
@@ -131,17 +136,14 @@ def _check(
     pairs: Sequence[str] | None,
     hook: str | None,
     layers: Sequence[int] | None,
-    many_streams: bool,
 ) -> None:
-    """What can be said without a model."""
+    """Refuse a direction that is missing or named twice, before a model is loaded."""
     if directions is None and not concept and not pairs:
         raise DataError("nothing to steer with: give --directions ARTIFACT, --concept NAME or --pairs FILE")
     if len([*(concept or []), *(pairs or [])]) > 1:
         raise DataError("one direction at a time: give one --concept or one --pairs")
     if hook is not None and layers is not None:
         raise DataError("--hook and --layers both say where: give one of them")
-    if many_streams:
-        raise DataError("--stream shows one answer as it is written: give a single prompt, without --sweep")
 
 
 def _edit(ablate: bool) -> "Edit":
@@ -155,7 +157,7 @@ def _unit(
 ) -> "Sequence[float | None]":
     from safety_lens.interventions.strength import residual_norm
 
-    return [None if units == "raw" else residual_norm(model, [a.text for a in asked], hook) for hook in hooks]
+    return [None if units == "raw" else residual_norm(model, [a.prompt for a in asked], hook) for hook in hooks]
 
 
 class _Steering(NamedTuple):
@@ -172,13 +174,19 @@ class _Steering(NamedTuple):
         scope, pairs = scope_named(self.scope), zip(self.parts, self.units, strict=True)
         return [hook for part, unit in pairs for hook in self.edit(part, coeff, scope, unit)]
 
+    def place(self, coeff: float) -> "Place":
+        """Direction, site and coefficient, as measurement rows name them."""
+        first = self.parts[0]
+        site = first.hook if len(self.parts) == 1 else f"{len(self.parts)} hooks together"
+        return Place(f"{first.concept}/{first.method}", site, coeff)
+
 
 def _solved(
     model: "HookedTransformer",
     plan: _Steering,
     coeff: float,
     target: float,
-    benign: Sequence[str] | None,
+    benign: "Sequence[Prompt] | None",
     raw: bool,
 ) -> float:
     """The coefficient of the sign given that costs the target KL; the largest tried is 4 times the one given."""
@@ -199,71 +207,3 @@ def _solved(
         soft_wrap=True,
     )
     return sign * found.strength
-
-
-def _show(
-    model: "HookedTransformer",
-    asked: Sequence[Asked],
-    hooks: "Sequence[FwdHook]",
-    decoding: "Decoding",
-    seed: int,
-    stream: bool,
-    as_json: bool,
-    harmful: bool,
-) -> None:
-    from safety_lens.generation import generate
-    from safety_lens.interventions.steering import applied
-
-    texts = [a.text for a in asked]
-    settings = {**asdict(decoding), "seed": seed}
-    before = generate(model, texts, **settings)
-    if stream:
-        terminal.out.print(f"without: {before[0].text}\nwith:    ", end="", markup=False, soft_wrap=True)
-    with applied(model, hooks):
-        after = generate(model, texts, on_token=_printer(model) if stream else None, **settings)
-    if stream:
-        terminal.out.print()
-    elif as_json:
-        for a, b, c in zip(asked, before, after, strict=True):
-            short = harmful or a.label == "harmful"
-            row = {
-                "prompt": a.text,
-                "label": a.label,
-                "without": _said(model, b, short),
-                "with": _said(model, c, short),
-            }
-            typer.echo(json.dumps(row, ensure_ascii=False))
-    else:
-        _side_by_side(texts, [g.text for g in before], [g.text for g in after])
-
-
-def _said(model: "HookedTransformer", generation: "Generation", short: bool) -> str:
-    """The answer; to a harmful prompt only its first tokens, since what is printed as JSON is kept."""
-    if not short or model.tokenizer is None:
-        return generation.text
-    return str(model.tokenizer.decode(list(generation.tokens[:KEPT_OF_HARMFUL]), skip_special_tokens=True))
-
-
-def _printer(model: "HookedTransformer") -> Callable[[int, int], None]:
-    """Prints what each token adds to the text: single tokens may be parts of a character."""
-    tokens: list[int] = []
-    shown = ""
-
-    def on_token(row: int, token: int) -> None:
-        nonlocal shown
-        tokens.append(token)
-        text = "" if model.tokenizer is None else str(model.tokenizer.decode(tokens, skip_special_tokens=True))
-        if not text.endswith("\ufffd"):
-            terminal.out.print(text[len(shown) :], end="", markup=False, soft_wrap=True)
-            shown = text
-
-    return on_token
-
-
-def _side_by_side(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> None:
-    from safety_lens.report.whole_words import WordTable
-
-    table = WordTable("prompt", "without", "with", lines=True)
-    for row in zip(prompts, before, after, strict=True):
-        table.add_row(*row)
-    terminal.out.print(table)

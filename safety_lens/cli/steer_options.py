@@ -39,8 +39,9 @@ Sweep = Annotated[bool, typer.Option("--sweep", help="Coefficients × hooks with
 Coeffs = Annotated[str | None, typer.Option(help="Coefficients such as -2,-1,1,2; default 9 symmetric ones.")]
 Scorers = Annotated[
     list[str] | None,
-    typer.Option("--scorer", help="lexicon:rude, lexicon:FILE, refusal, refusal-log-odds, hf:MODEL, regex:PATTERN."),
+    typer.Option("--scorer", help="refusal, refusal-log-odds, lexicon:FILE, hf:MODEL, regex:PATTERN; repeatable."),
 ]
+System = Annotated[str | None, typer.Option("--system", help="System prompt of prompts that have none.")]
 ControlCount = Annotated[int, typer.Option(min=0, help="Random directions of the same length; 20 or more are asked.")]
 ControlCoeffs = Annotated[str | None, typer.Option(help="Coefficients the controls run at; default the whole grid.")]
 Shuffled = Annotated[int, typer.Option(min=0, help="Refits on shuffled labels (with --concept or --pairs).")]
@@ -58,4 +59,7 @@ Subset = Annotated[
     str | None, typer.Option(help="By toxicity of the prompt: challenging (>= 0.5), benign (< 0.25) or both.")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most this many prompts of each label, drawn with --seed.")]
-SweepOut = Annotated[Path | None, typer.Option(help="Folder of a sweep; the same command goes on where it was cut.")]
+SteerOut = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder for answers and measurements; a sweep that was cut off goes on there."),
+]

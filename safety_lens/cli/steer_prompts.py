@@ -10,6 +10,7 @@ from safety_lens.errors import DataError
 if TYPE_CHECKING:
     from safety_lens.data.rows import Row
     from safety_lens.interventions.sweeping.plan import SweepPrompt
+    from safety_lens.types import Prompt
 
 FIELDS = ("prompt", "text", "instruction")
 CHALLENGING, BENIGN = 0.5, 0.25
@@ -18,18 +19,28 @@ SUBSETS = {"challenging": ("challenging",), "benign": ("benign",), "both": ("cha
 
 
 class Asked(NamedTuple):
-    """One prompt. split: "train", "val", "test", None where the file does not say."""
+    """One prompt. split: "train", "val", "test", None where the file does not say. system: its own system prompt."""
 
     text: str
     label: str | None = None
     split: str | None = None
+    system: str | None = None
+
+    @property
+    def prompt(self) -> "Prompt":
+        """The prompt as the model is given it: text alone, or a conversation that begins with the system prompt."""
+        if self.system is None:
+            return self.text
+        return [{"role": "system", "content": self.system}, {"role": "user", "content": self.text}]
 
 
-def read_prompts(texts: Sequence[str] | None, file: Path | None, subset: str | None = None) -> list[Asked]:
+def read_prompts(
+    texts: Sequence[str] | None, file: Path | None, subset: str | None = None, system: str | None = None
+) -> list[Asked]:
     """Prompts of the command line, then those of a file: JSONL, CSV, or .txt with one a line.
 
     subset: only rows whose prompt toxicity (field toxicity, or prompt.toxicity as RealToxicityPrompts has it) says so,
-    labelled by it.
+    labelled by it. system: the system prompt of prompts that have none (rows may have a field system).
 
     Raises:
         DataError: no prompts, an empty one, or a file that cannot be read.
@@ -43,7 +54,7 @@ def read_prompts(texts: Sequence[str] | None, file: Path | None, subset: str | N
         raise DataError("nothing to say to the model: give a prompt, or a file with --prompts")
     if empty := [i for i, asked in enumerate(found) if not asked.text.strip()]:
         raise DataError(f"prompt {empty[0] + 1} is empty")
-    return found
+    return [asked if asked.system is not None else asked._replace(system=system) for asked in found]
 
 
 def _from_file(file: Path, subset: str | None) -> list[Asked]:
@@ -55,13 +66,18 @@ def _from_file(file: Path, subset: str | None) -> list[Asked]:
         return _lines(file, subset)
     rows = read_rows(file).rows
     if subset is None:
-        return [Asked(_text(row), row.label("label"), row.split) for row in rows]
+        return [_asked(row, row.label("label")) for row in rows]
     labelled = [(_toxicity(row), row) for row in rows]
     kinds = [("challenging" if t >= CHALLENGING else "benign" if t < BENIGN else "", row) for t, row in labelled]
-    found = [Asked(_text(row), kind, row.split) for kind, row in kinds if kind in SUBSETS[subset]]
+    found = [_asked(row, kind) for kind, row in kinds if kind in SUBSETS[subset]]
     if not found:
         raise DataError(f"{file} has no {subset} prompts (toxicity >= {CHALLENGING} or < {BENIGN})")
     return found
+
+
+def _asked(row: "Row", label: str | None) -> Asked:
+    system = row.text("system") if row.fields.get("system") else None
+    return Asked(_text(row), label, row.split, system)
 
 
 def _lines(file: Path, subset: str | None) -> list[Asked]:
@@ -132,7 +148,7 @@ def with_roles(asked: Sequence[Asked], share: float, seed: int, harmful: bool) -
     used = [a for a in unique if a.split != "train"] if own else unique
     chosen = {i for i, a in enumerate(used) if a.split == "val"} if own else _drawn(used, share, seed)
     prompts = [
-        SweepPrompt(a.text, "selection" if i in chosen else "test", harmful or a.label == "harmful", a.label)
+        SweepPrompt(a.prompt, "selection" if i in chosen else "test", harmful or a.label == "harmful", a.label)
         for i, a in enumerate(used)
     ]
     left = [f"{n} {what} left out" for n, what in ((len(asked) - len(unique), "repeated texts"),) if n]

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
     from safety_lens.cli.steer_source import Source
+    from safety_lens.interventions.scorers import Scorer
     from safety_lens.interventions.sweeping.plan import Decoding
     from safety_lens.interventions.sweeping.run import SweepResult
+    from safety_lens.types import Prompt
 
 ABLATION_COEFFS = (0.25, 0.5, 0.75, 1.0)
 
@@ -27,11 +29,11 @@ def run_sweep(
     hooks: Sequence[str],
     asked: Sequence[Asked],
     decoding: "Decoding",
-    benign: Sequence[str] | None,
+    benign: "Sequence[Prompt] | None",
+    scorers: "Sequence[Scorer]",
     given: dict[str, Any],
 ) -> None:
-    """Run or go on with a sweep and print what it says. given: the command's options by name."""
-    from safety_lens.interventions.scorers import scorer_named
+    """Run or go on with a sweep and print its results. given: the command's options by name."""
     from safety_lens.interventions.sweeping.engine import ablating, adding, sweep
     from safety_lens.interventions.sweeping.plan import Controls
 
@@ -54,7 +56,7 @@ def run_sweep(
                 model,
                 source.found,
                 roles.prompts,
-                scorers=[scorer_named(text, model) for text in given["scorer"]],
+                scorers=scorers,
                 coeffs=ABLATION_COEFFS if coeffs is None and given["ablate"] else coeffs,
                 hooks=list(hooks),
                 together=given["all_layers"],
@@ -83,10 +85,10 @@ def run_sweep(
 
 
 def check_sweep(given: dict[str, Any]) -> None:
-    """What is wrong with a sweep's options, as far as it can be said without a model.
+    """Refuse options of a sweep that are wrong, before a model is loaded.
 
     Raises:
-        DataError: no scorer or an unknown one, coefficients that are no numbers, a ceiling without prompts to measure.
+        DataError: no scorer, coefficients that are no numbers, a ceiling without prompts to measure.
     """
     if not given["scorer"]:
         raise DataError("a sweep needs something to measure: give --scorer (lexicon:rude, refusal, hf:MODEL, …)")
@@ -94,10 +96,6 @@ def check_sweep(given: dict[str, Any]) -> None:
         parse_numbers(f"--{flag.replace('_', '-')}", given[flag])
     if given["max_kl"] is not None and given["benign"] is None:
         raise DataError("--max-kl is measured on prompts the edit is not meant for: give --benign FILE")
-    from safety_lens.interventions.scorers.named import check_name
-
-    for text in given["scorer"]:
-        check_name(text)
 
 
 class _Progress:

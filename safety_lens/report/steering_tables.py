@@ -90,3 +90,19 @@ def site_table(rows: Sequence[Measurement], subject: str, scorer: str) -> WordTa
             f"{best:g}",
         )
     return table
+
+
+def change_table(rows: Sequence[Measurement]) -> WordTable:
+    """Scores of the same prompts without and with an edit, and the paired change; every label by itself."""
+    found = {(r.metric, r.split): r for r in rows}
+    scorers = list(dict.fromkeys(r.metric.rpartition("/")[0] for r in rows))
+    groups = list(dict.fromkeys(r.split for r in rows))
+    table = WordTable("score", "prompts", "without", "with", "change", "p")
+    for scorer in scorers:
+        for group in groups:
+            of = {what: found[f"{scorer}/{what}", group] for what in ("without", "with", "change", "p")}
+            levels = [with_interval(Interval(*_numbers(of[what]))) for what in ("without", "with", "change")]
+            shown = "broken" if scorer == "degenerate" else scorer
+            table.add_row(Text(shown), Text(f"{group} {of['change'].n}"), *levels, p_value(of["p"].value))
+        table.add_section()
+    return table

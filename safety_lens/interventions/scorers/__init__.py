@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from safety_lens.interventions.scorers.classifier import ClassifierScorer as ClassifierScorer
     from safety_lens.interventions.scorers.completion import Completion as Completion
     from safety_lens.interventions.scorers.completion import Scorer as Scorer
+    from safety_lens.interventions.scorers.completion import first_reader as first_reader
     from safety_lens.interventions.scorers.concordance import agreement as agreement
     from safety_lens.interventions.scorers.lexicon import LexiconScorer as LexiconScorer
     from safety_lens.interventions.scorers.named import scorer_named as scorer_named
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "answers": ("answer_probability",),
     "classifier": ("ClassifierScorer",),
-    "completion": ("Completion", "Scorer"),
+    "completion": ("Completion", "Scorer", "first_reader"),
     "concordance": ("agreement",),
     "lexicon": ("LexiconScorer",),
     "named": ("scorer_named",),

@@ -1,11 +1,14 @@
 """What a scorer reads and what a scorer is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
+from torch import Tensor
+
+from safety_lens.errors import DataError
 
 NAN = float("nan")
 
@@ -37,3 +40,17 @@ class Scorer(Protocol):
 
     def __call__(self, completions: Sequence[Completion]) -> Float[np.ndarray, " n"]:
         """Scores in the order of the completions."""
+
+
+def first_reader(
+    scorers: Sequence[Scorer],
+) -> Callable[[Float[Tensor, "batch d_vocab"]], Float[Tensor, " batch"]] | None:
+    """Function that a scorer wants to see the logits of the first new token with; None where no scorer does.
+
+    Raises:
+        DataError: two scorers ask for it; `generate` reads one value per answer.
+    """
+    found = [s for s in scorers if getattr(s, "read_first", None) is not None]
+    if len(found) > 1:
+        raise DataError(f"{' and '.join(s.name for s in found)} both read the first logits: use one of them at a time")
+    return getattr(found[0], "read_first") if found else None  # noqa: B009  not part of the protocol

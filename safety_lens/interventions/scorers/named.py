@@ -1,6 +1,6 @@
 """Scorers by what is typed at a command line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,19 +30,32 @@ def scorer_named(text: str, model: "HookedTransformer | None" = None) -> Scorer:
     Raises:
         DataError: no such scorer, or one that lacks its argument; what the scorer itself raises.
     """
-    check_name(text)
+    _check_name(text)
     kind, _, rest = text.partition(":")
     return _MAKERS[kind](rest, model)
 
 
-def check_name(text: str) -> None:
-    """Refuse what names no scorer, before anything is loaded.
+def prepared_scorers(texts: Sequence[str]) -> "Callable[[HookedTransformer], list[Scorer]]":
+    """Make the scorers that need no model at once, so that a wrong name or file is found before one is loaded.
+
+    Returns:
+        A function from the model to all scorers, in the order of the texts.
 
     Raises:
-        DataError: no such scorer.
+        DataError: no such scorer; what the scorers themselves raise.
     """
-    if text.partition(":")[0] not in _MAKERS:
+    for text in texts:
+        _check_name(text)
+    ready = {text: scorer_named(text) for text in texts if text.partition(":")[0] not in NEED_MODEL}
+    return lambda model: [ready[text] if text in ready else scorer_named(text, model) for text in texts]
+
+
+def _check_name(text: str) -> None:
+    kind, _, rest = text.partition(":")
+    if kind not in _MAKERS:
         raise DataError(f"no scorer {text!r}: choose {FORMS}")
+    if kind in NEED_MODEL:
+        _no_argument(kind, rest)
 
 
 def _lexicon(rest: str, model: "HookedTransformer | None") -> Scorer:
@@ -58,7 +71,6 @@ def _log_odds(rest: str, model: "HookedTransformer | None") -> Scorer:
     from safety_lens.interventions.scorers.refusal_tokens import LogOddsRefusal, derive_refusal_tokens
     from safety_lens.interventions.side_effects import instructions
 
-    _no_argument("refusal-log-odds", rest)
     if model is None:
         raise DataError("the scorer refusal-log-odds needs the model whose answers it scores")
     prompts = [instructions(label, "train") for label in ("harmful", "harmless")]
@@ -103,3 +115,5 @@ _MAKERS: dict[str, _Maker] = {
     "hf+prompt": _classifier_of_both,
     "regex": _regex,
 }
+NEED_MODEL = {"refusal-log-odds"}
+"""Scorers that are made from the model's own answers."""

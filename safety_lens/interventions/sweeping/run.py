@@ -7,20 +7,19 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from safety_lens.activations import encode_for
 from safety_lens.artifacts import seal
 from safety_lens.data import Encoded
 from safety_lens.data.pairs import last_user_text
-from safety_lens.errors import DataError, ModelError
+from safety_lens.errors import ModelError
 from safety_lens.generation import Generation, generate
 from safety_lens.interventions.fluency import degenerate
 from safety_lens.interventions.kept_answers import kept_answers
 from safety_lens.interventions.rows import by_row
 from safety_lens.interventions.scopes import Scope
-from safety_lens.interventions.scorers import Completion, Scorer
+from safety_lens.interventions.scorers import Completion, Scorer, first_reader
 from safety_lens.interventions.side_effects import benign_kl, benign_rows
 from safety_lens.interventions.steering import check_widths
 from safety_lens.interventions.sweeping.controls import random_set
@@ -96,7 +95,7 @@ class Running:
             prompts,
             hooks=hooks,
             streams=streams,
-            read_first=_reader(self.scorers),
+            read_first=first_reader(self.scorers),
             **asdict(self.plan.decoding),
         )
 
@@ -197,14 +196,6 @@ class Running:
             (self.opened.folder / TABLE).write_text(result.table, encoding="utf-8")
             seal(self.opened.folder, KIND, files=OURS, model=self.model, measurements=rows, arguments=arguments)
         return result
-
-
-def _reader(scorers: Sequence[Scorer]) -> Callable[[Float[Tensor, "batch d_vocab"]], Float[Tensor, " batch"]] | None:
-    """What a scorer wants to be read from the logits of the first new token; one scorer at most may ask."""
-    found = [s for s in scorers if getattr(s, "read_first", None) is not None]
-    if len(found) > 1:
-        raise DataError(f"{' and '.join(s.name for s in found)} both read the first logits: use one of them in a sweep")
-    return getattr(found[0], "read_first") if found else None  # noqa: B009  not part of the protocol
 
 
 def _scored(scorer: Scorer, texts: Sequence[Completion]) -> Float[np.ndarray, " n"]:
