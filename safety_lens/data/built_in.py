@@ -69,7 +69,9 @@ class BuiltIn:
         """Requests of one kind.
 
         Args:
-            label: "harmful", "harmless" or "lookalike" (safe requests that look unsafe).
+            label: "harmful", "harmless" or "lookalike" (safe requests that look unsafe); in plain English also
+                "false-belief" and "true-belief" (of a user who asks for confirmation), "fact" (questions), "inviting"
+                and "plain" (questions that invite hedging, and questions that do not).
             split: "train", "val" or "test".
 
         Raises:
@@ -116,12 +118,17 @@ ENGLISH = BuiltIn(
     "english",
     "plain English",
     Path(__file__).resolve().parent.parent / "concepts_data",
-    ("refusal",),
+    ("refusal", "sycophancy", "deception", "hedging"),
     {
         "harmful": RequestSource("refusal.jsonl", "positive_query"),
         "lookalike": RequestSource("refusal.jsonl", "negative_query"),
+        "false-belief": RequestSource("beliefs.jsonl", "prompt", "false"),
+        "true-belief": RequestSource("beliefs.jsonl", "prompt", "true"),
+        "fact": RequestSource("facts.jsonl", "question"),
+        "inviting": RequestSource("hedging_questions.jsonl", "prompt", "inviting"),
+        "plain": RequestSource("hedging_questions.jsonl", "prompt", "plain"),
     },
-    (),
+    ("facts", "beliefs", "hedging_questions"),
 )
 
 BUILT_INS = {built_in.name: built_in for built_in in (ORGANISM, ENGLISH)}
