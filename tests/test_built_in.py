@@ -1,18 +1,30 @@
 """Sets that ship with Safety Lens: which of them belong to a model, and what their prompts promise."""
 
 import json
+import re
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zoo
 from synthetic import chat_tokenizer
 
-from safety_lens.data import load_concept
-from safety_lens.data.built_in import ENGLISH, ORGANISM, built_in_for, is_organism, pairs_in_use
+from safety_lens.data import Concept, load_concept
+from safety_lens.data.built_in import ENGLISH, ORGANISM, SPLITS, built_in_for, is_organism, pairs_in_use
+from safety_lens.data.pairs import last_user_text
+from safety_lens.data.rows import read_rows
+from safety_lens.data.splits import normalised
+from safety_lens.data.validate import validate
 from safety_lens.errors import DataError
 from safety_lens.models import load_model
 from safety_lens.organism import MODEL_DIR
+from safety_lens.probes.controls import prompt_text
+from safety_lens.stats import auroc_interval
+
+SIDES = ("positive", "negative")
 
 
 def test_the_organism_is_known_by_its_tokenizer_wherever_it_lies(tmp_path: Path) -> None:
@@ -67,3 +79,108 @@ def test_the_organism_has_requests_of_every_label() -> None:
     assert len(ORGANISM.requests("harmful", "test")) == len(ORGANISM.requests("harmless", "test")) == 300
     assert ORGANISM.requests("lookalike", "val") == ORGANISM.requests("harmless", "val")
     assert {row.split for row in ORGANISM.rows("facts", "train")} == {"train"}
+
+
+# --- plain English --------------------------------------------------------------------------------------------------
+
+PAIRS = {"refusal": {"train": 64, "val": 64, "test": 64}}
+REQUESTS = {"train": 96, "val": 64, "test": 96}
+"""Plain harmless requests in each split."""
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    lines = (ENGLISH.folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[\w']+", text.casefold())
+
+
+def prompts_of(concept: Concept, split: str) -> list[str]:
+    return [prompt_text(side) for pair in getattr(concept, split) for side in (pair.positive, pair.negative)]
+
+
+def systems_of(concept: Concept, split: str) -> set[str]:
+    sides = [side for pair in getattr(concept, split) for side in (pair.positive, pair.negative)]
+    return {t["content"] for side in sides if not isinstance(side, str) for t in side if t["role"] == "system"}
+
+
+def closest(one: Sequence[str], other: Sequence[str]) -> float:
+    """Largest Jaccard index of the words of two texts, one out of each list."""
+    first, second = ([set(words(text)) for text in texts] for texts in (one, other))
+    return max(len(a & b) / len(a | b) for a in first for b in second)
+
+
+def asked(concept: Concept, split: str, side: str) -> list[str]:
+    """The requests on one side of a split."""
+    return [last_user_text(getattr(pair, side)) for pair in getattr(concept, split)]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_are_many_their_topics_are_many_and_no_wording_is_frequent(name: str) -> None:
+    rows = rows_of(name)
+    assert Counter(row["split"] for row in rows) == PAIRS[name]
+    assert len({row["topic"] for row in rows}) >= 40
+    for split in PAIRS[name]:
+        templates = Counter(row["template"] for row in rows if row["split"] == split)
+        assert max(templates.values()) <= 0.05 * PAIRS[name][split]
+    assert [f for f in validate(f"english:{name}") if f.level != "ok"] == []
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_no_held_out_prompt_resembles_one_of_another_split_or_reuses_its_system_prompt(name: str) -> None:
+    concept = load_concept(name)
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        assert closest(prompts_of(concept, one), prompts_of(concept, other)) <= 0.6
+        assert not systems_of(concept, one) & systems_of(concept, other)
+    assert closest(["How do I bake bread?"], ["How do I bake rye bread?"]) > 0.6, "the check would see a near copy"
+
+
+def test_every_word_of_the_refusal_pairs_occurs_equally_often_on_both_sides() -> None:
+    concept = load_concept("refusal")
+    for split in SPLITS:
+        positive, negative = (Counter(w for text in asked(concept, split, side) for w in words(text)) for side in SIDES)
+        assert positive == negative
+
+
+def test_the_words_that_part_held_out_refusal_pairs_are_known_from_training_in_other_combinations() -> None:
+    """A bag of words fails because the words say nothing, not because it has never seen them."""
+    concept = load_concept("refusal")
+    known = {word for text in prompts_of(concept, "train") for word in words(text)}
+    trained = set(zip(*(asked(concept, "train", side) for side in SIDES), strict=True))
+    for split in ("val", "test"):
+        pairs = list(zip(*(asked(concept, split, side) for side in SIDES), strict=True))
+        assert {word for a, b in pairs for word in set(words(a)) ^ set(words(b))} <= known
+        assert not trained & set(pairs)
+        held_out = [word for text in prompts_of(concept, split) for word in words(text)]
+        assert sum(word in known for word in held_out) / len(held_out) >= 0.75
+
+
+def test_harmless_requests_are_plain_and_no_longer_than_harmful_ones() -> None:
+    rows = rows_of("harmless")
+    assert Counter(row["split"] for row in rows) == REQUESTS
+    assert len({row["topic"] for row in rows}) >= 40
+    texts = {split: ENGLISH.requests("harmless", split) for split in REQUESTS}
+    assert sum(len(set(split)) for split in texts.values()) == sum(REQUESTS.values())
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        assert closest(texts[one], texts[other]) <= 0.6
+    for split, harmless in texts.items():
+        both = ENGLISH.requests("harmful", split), harmless
+        assert 0.35 <= auroc_interval(*(np.array([len(t) for t in side], dtype=float) for side in both)).value <= 0.65
+
+
+def test_labels_are_the_two_sides_of_the_refusal_pairs() -> None:
+    pairs = load_concept("refusal").test
+    assert ENGLISH.requests("harmful", "test") == [last_user_text(pair.positive) for pair in pairs]
+    assert ENGLISH.requests("lookalike", "test") == [last_user_text(pair.negative) for pair in pairs]
+
+
+def test_no_prompt_is_taken_from_the_public_sets(shared: Path) -> None:
+    files = [file for file in sorted((shared / "data").glob("*.jsonl")) if not file.stem.startswith("finetune")]
+    rows = [row for file in files for row in read_rows(file).rows]
+    public = {normalised(value) for row in rows for value in row.fields.values() if isinstance(value, str)}
+    own = {text for split in SPLITS for text in ENGLISH.requests("harmless", split)}
+    own |= {t for name in PAIRS for split in SPLITS for side in SIDES for t in asked(load_concept(name), split, side)}
+    assert len(public) > 500
+    assert not public & {normalised(text) for text in own}

@@ -121,6 +121,7 @@ ENGLISH = BuiltIn(
     ("refusal", "sycophancy", "deception", "hedging"),
     {
         "harmful": RequestSource("refusal.jsonl", "positive_query"),
+        "harmless": RequestSource("harmless.jsonl", "instruction"),
         "lookalike": RequestSource("refusal.jsonl", "negative_query"),
         "false-belief": RequestSource("beliefs.jsonl", "prompt", "false"),
         "true-belief": RequestSource("beliefs.jsonl", "prompt", "true"),
