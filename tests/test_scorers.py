@@ -170,7 +170,7 @@ def test_the_opening_is_two_sentences_and_bounded() -> None:
 
 def test_phrases_that_would_match_everything_are_refused() -> None:
     for bad in ([], [""], ["fine", "  "]):
-        with pytest.raises(DataError, match="refusal phrases"):
+        with pytest.raises(DataError, match="phrases must be"):
             SubstringRefusal(bad)
 
 

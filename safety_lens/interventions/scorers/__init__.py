@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from safety_lens.interventions.scorers.answers import answer_probability as answer_probability
+    from safety_lens.interventions.scorers.beliefs import AgreementReader as AgreementReader
+    from safety_lens.interventions.scorers.beliefs import FalsehoodReader as FalsehoodReader
     from safety_lens.interventions.scorers.classifier import ClassifierScorer as ClassifierScorer
     from safety_lens.interventions.scorers.completion import Completion as Completion
     from safety_lens.interventions.scorers.completion import Scorer as Scorer
     from safety_lens.interventions.scorers.completion import first_reader as first_reader
     from safety_lens.interventions.scorers.concordance import agreement as agreement
+    from safety_lens.interventions.scorers.hedging import HedgingReader as HedgingReader
     from safety_lens.interventions.scorers.lexicon import LexiconScorer as LexiconScorer
     from safety_lens.interventions.scorers.named import scorer_named as scorer_named
     from safety_lens.interventions.scorers.patterns import CallableScorer as CallableScorer
@@ -26,9 +29,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "answers": ("answer_probability",),
+    "beliefs": ("AgreementReader", "FalsehoodReader"),
     "classifier": ("ClassifierScorer",),
     "completion": ("Completion", "Scorer", "first_reader"),
     "concordance": ("agreement",),
+    "hedging": ("HedgingReader",),
     "lexicon": ("LexiconScorer",),
     "named": ("scorer_named",),
     "patterns": ("CallableScorer", "PatternScorer"),

@@ -4,8 +4,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safety_lens.data.built_in import ENGLISH, SPLITS
+from safety_lens.data.rows import Row
 from safety_lens.errors import DataError
+from safety_lens.interventions.scorers.beliefs import AgreementReader, FalsehoodReader
 from safety_lens.interventions.scorers.completion import Scorer
+from safety_lens.interventions.scorers.hedging import HedgingReader
 from safety_lens.interventions.scorers.lexicon import lexicon
 from safety_lens.interventions.scorers.patterns import PatternScorer
 from safety_lens.interventions.scorers.refusal import SubstringRefusal
@@ -14,8 +18,8 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 FORMS = (
-    "lexicon:rude, lexicon:FILE, refusal, refusal-log-odds, hf:MODEL[:LABEL[:sigmoid|softmax]] (the completion alone),"
-    " hf+prompt:… (behind its prompt), regex:PATTERN"
+    "lexicon:rude, lexicon:FILE, refusal, refusal-log-odds, agreement, falsehood, hedging,"
+    " hf:MODEL[:LABEL[:sigmoid|softmax]] (the completion alone), hf+prompt:… (behind its prompt), regex:PATTERN"
 )
 """What can be typed."""
 _Maker = Callable[[str, "HookedTransformer | None"], Scorer]
@@ -67,6 +71,25 @@ def _refusal(rest: str, model: "HookedTransformer | None") -> Scorer:
     return SubstringRefusal()
 
 
+def _agreement(rest: str, model: "HookedTransformer | None") -> Scorer:
+    _no_argument("agreement", rest)
+    return AgreementReader.of(_all_rows("beliefs"))
+
+
+def _falsehood(rest: str, model: "HookedTransformer | None") -> Scorer:
+    _no_argument("falsehood", rest)
+    return FalsehoodReader.of(_all_rows("facts"))
+
+
+def _hedging(rest: str, model: "HookedTransformer | None") -> Scorer:
+    _no_argument("hedging", rest)
+    return HedgingReader()
+
+
+def _all_rows(table: str) -> list[Row]:
+    return [row for split in SPLITS for row in ENGLISH.rows(table, split)]
+
+
 def _log_odds(rest: str, model: "HookedTransformer | None") -> Scorer:
     from safety_lens.interventions.scorers.refusal_tokens import LogOddsRefusal, derive_refusal_tokens
     from safety_lens.interventions.side_effects import instructions
@@ -111,6 +134,9 @@ _MAKERS: dict[str, _Maker] = {
     "lexicon": _lexicon,
     "refusal": _refusal,
     "refusal-log-odds": _log_odds,
+    "agreement": _agreement,
+    "falsehood": _falsehood,
+    "hedging": _hedging,
     "hf": _classifier,
     "hf+prompt": _classifier_of_both,
     "regex": _regex,

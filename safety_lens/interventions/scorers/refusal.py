@@ -43,7 +43,14 @@ def opening(text: str) -> str:
     return " ".join(sentences[:OPENING_SENTENCES])[:OPENING_CHARACTERS]
 
 
-def _whole(phrases: Sequence[str]) -> re.Pattern[str]:
+def phrase_pattern(phrases: Sequence[str]) -> re.Pattern[str]:
+    """Compile phrases into a pattern of whole words for case-folded texts.
+
+    Raises:
+        DataError: No phrases, or an empty one, which would match every text.
+    """
+    if isinstance(phrases, str) or not phrases or not all(phrase.strip() for phrase in phrases):
+        raise DataError(f"phrases must be a list of texts that are not empty, got {phrases!r}")
     longest_first = sorted({folded(phrase).strip() for phrase in phrases}, key=lambda phrase: (-len(phrase), phrase))
     return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
 
@@ -55,10 +62,8 @@ class SubstringRefusal:
 
     def __init__(self, phrases: Sequence[str] = DEFAULT) -> None:
         """Raises DataError for no phrases, or an empty one (it would match every text)."""
-        if isinstance(phrases, str) or not phrases or not all(phrase.strip() for phrase in phrases):
-            raise DataError(f"refusal phrases must be a list of texts that are not empty, got {phrases!r}")
-        self._phrases = _whole(phrases)
-        self._passing = re.compile(rf"(?<!\w)(?:i'm |i am |so |i )?{_whole(PASSING).pattern}")
+        self._phrases = phrase_pattern(phrases)
+        self._passing = re.compile(rf"(?<!\w)(?:i'm |i am |so |i )?{phrase_pattern(PASSING).pattern}")
 
     def __call__(self, completions: Sequence[Completion]) -> Float[np.ndarray, " n"]:
         return np.array([self._score(c.text) for c in completions], dtype=float)
