@@ -7,6 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from safety_lens.interventions.behaviours import BEHAVIOURS as BEHAVIOURS
+    from safety_lens.interventions.behaviours import Behaviour as Behaviour
+    from safety_lens.interventions.behaviours import BehaviourSpec as BehaviourSpec
+    from safety_lens.interventions.behaviours import derive_behaviour as derive_behaviour
     from safety_lens.interventions.causality.limits import Limits as Limits
     from safety_lens.interventions.causality.selector import causal_selector as causal_selector
     from safety_lens.interventions.compare import Method as Method
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
     from safety_lens.interventions.neuron_effects import causal_check as causal_check
     from safety_lens.interventions.neurons import ablated as ablated
     from safety_lens.interventions.neurons import kept as kept
+    from safety_lens.interventions.openings import Opening as Opening
+    from safety_lens.interventions.openings import Openings as Openings
     from safety_lens.interventions.penalties import AlignGuard as AlignGuard
     from safety_lens.interventions.penalties import FisherPenalty as FisherPenalty
     from safety_lens.interventions.penalties import KlPenalty as KlPenalty
@@ -64,6 +70,7 @@ if TYPE_CHECKING:
     from safety_lens.interventions.weights import orthogonalize as orthogonalize
 
 _HOMES = {
+    "behaviours": ("BEHAVIOURS", "Behaviour", "BehaviourSpec", "derive_behaviour"),
     "causality.limits": ("Limits",),
     "causality.selector": ("causal_selector",),
     "compare": ("Method", "equal_cost"),
@@ -74,6 +81,7 @@ _HOMES = {
     "gguf": ("import_gguf", "judge", "read_directions"),
     "neuron_effects": ("ablation_agreement", "causal_check"),
     "neurons": ("ablated", "kept"),
+    "openings": ("Opening", "Openings"),
     "penalties": ("AlignGuard", "FisherPenalty", "KlPenalty", "PenaltyCallback", "safe_lora"),
     "rewind": ("merged", "rewound"),
     "rows": ("by_row",),
