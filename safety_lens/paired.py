@@ -176,7 +176,8 @@ def slopes(
     _check_grid(coeffs, scores)
     slope = np.array([_slope(coeffs, column) for column in scores.T])
     by_sign = shares(slope, wanted=wanted)
-    mean = mean_interval(slope, seed=seed, span=float(np.nanmax(np.abs(slope), initial=0.0)))
+    span = max(float(np.nanmax(np.abs(slope), initial=0.0)), _steepest(coeffs))
+    mean = mean_interval(slope, seed=seed, span=span)
     return Slopes(slope, mean, by_sign.improved, by_sign.unchanged, by_sign.worsened, by_sign.n)
 
 
@@ -185,6 +186,12 @@ def _check_grid(coeffs: Float[np.ndarray, " coeff"], scores: Float[np.ndarray, "
         raise DataError(f"{len(coeffs)} coefficients need as many rows of scores, got {len(scores)}")
     if not np.isfinite(coeffs).all() or len(np.unique(coeffs)) < 2:
         raise DataError(f"a slope needs two different finite coefficients, got {coeffs.tolist()}")
+
+
+def _steepest(coeffs: Float[np.ndarray, " coeff"]) -> float:
+    """Largest least-squares slope of any scores in [0, 1]: 0 below the mean coefficient, 1 above it."""
+    off = coeffs - coeffs.mean()
+    return float(off[off > 0].sum() / (off**2).sum())
 
 
 def _slope(coeffs: Float[np.ndarray, " coeff"], column: Float[np.ndarray, " coeff"]) -> float:

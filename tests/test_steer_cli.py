@@ -16,12 +16,16 @@ from scipy.stats import binomtest
 from safety_lens import cli
 from safety_lens.artifacts import load_artifact
 from safety_lens.cli.steer_prompts import Asked, limited, read_prompts, with_roles
+from safety_lens.cli.steer_source import sweep_hooks
 from safety_lens.errors import DataError
 from safety_lens.generation import generate
 from safety_lens.interventions.side_effects import instructions
 from safety_lens.interventions.steering import ablate, steer
 from safety_lens.interventions.sweeping import run as sweep_run
 from safety_lens.models import load_model
+from safety_lens.probes.directions import Direction
+from safety_lens.probes.extract import DirectionSet
+from safety_lens.probes.selection import Choice
 from safety_lens.probes.store import load_directions
 
 KINDS = ("harmful", "harmless")
@@ -260,6 +264,26 @@ def test_a_sweep_is_written_resumed_and_drawn(
     drawn = invoke(monkeypatch, capsys, "report", out, "--out", tmp_path / "figures", "--pdf")
     assert drawn.code == 0, drawn.err
     assert len(list((tmp_path / "figures").iterdir())) == 8
+
+
+def test_a_sweep_without_layers_takes_few_hooks_and_controls_and_estimates_its_time(run: Run, ground: Ground) -> None:
+    grid = ["--coeffs", "-2,-1,1,2,3", "--scorer", "regex:w1", "--shuffled", 0, "--json"]
+    done = run("--prompts", ground.prompts, "--sweep", *grid)
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    assert {r["coeff"] for r in rows if r["metric"] == "regex/w1/random"} == {-2.0, 2.0}  # the middle of either sign
+    assert "controls run at -2, 2 alone" in done.err
+    assert "answers that are left take about" in done.err
+    whole = run("--prompts", ground.prompts, "--sweep", *grid, "--control-coeffs", "all", "--controls", 1)
+    rows = [json.loads(line) for line in whole.out.splitlines()]
+    assert {r["coeff"] for r in rows if r["metric"] == "regex/w1/random"} == {-2.0, -1.0, 1.0, 2.0, 3.0}
+
+
+def test_few_hooks_are_spread_over_depth_and_hold_the_chosen_one() -> None:
+    names = [f"blocks.{i}.hook_resid_post" for i in range(24)]
+    directions = {name: Direction("joy", name, torch.ones(2), "dim") for name in names}
+    found = DirectionSet("joy", "dim", directions, {}, Choice(names[16], "by causal"), ())
+    assert sweep_hooks(found) == [names[i] for i in (5, 9, 14, 16, 18)]
 
 
 def test_an_interrupted_sweep_says_what_is_kept_and_how_to_go_on(

@@ -1,5 +1,6 @@
 """Steering sweeps: identities that must hold, controls, roles of prompts, and going on after any interruption."""
 
+import io
 import json
 import os
 import signal
@@ -15,18 +16,19 @@ import pytest
 import synthetic
 import torch
 import zoo
+from rich.console import Console
 from transformer_lens import HookedTransformer
 
 from safety_lens.artifacts import load_artifact
 from safety_lens.errors import ArtifactError, DataError, HookNameError, ModelError, ModelMismatchError
 from safety_lens.generation import generate
 from safety_lens.interventions.scopes import Scope
-from safety_lens.interventions.scorers import Completion
+from safety_lens.interventions.scorers import CallableScorer, Completion
 from safety_lens.interventions.steering import steer
 from safety_lens.interventions.strength import residual_norm
 from safety_lens.interventions.sweeping import run as sweep_run
 from safety_lens.interventions.sweeping.controls import random_direction, random_set, shuffled_directions
-from safety_lens.interventions.sweeping.engine import adding, load_sweep, sweep
+from safety_lens.interventions.sweeping.engine import CHUNK_ROWS, adding, load_sweep, sweep
 from safety_lens.interventions.sweeping.inputs import with_shuffled
 from safety_lens.interventions.sweeping.plan import COEFFS, Arm, Controls, Decoding, Plan, SweepPrompt
 from safety_lens.interventions.sweeping.run import SweepResult
@@ -38,6 +40,7 @@ from safety_lens.paired import holm, paired_effect, sign_flip
 from safety_lens.probes.directions import Direction
 from safety_lens.probes.extract import DirectionSet, directions_from
 from safety_lens.probes.reading import ConceptActivations, read_concepts
+from safety_lens.report.steering_tables import site_table
 from safety_lens.types import FwdHook
 
 HOOKS = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
@@ -352,7 +355,44 @@ def test_no_cell_above_the_limit_on_benign_kl_is_chosen(run: Run, prompts: list[
     none = run(benign=benign, max_kl=min(costs.values()) / 2).chosen
     assert none is not None
     assert np.isnan(none.value)
-    assert "no cell within the limits" in str(none.note)
+    assert "no cell moved low" in str(none.note)
+    assert "0 of 8 cells are within the limits" in str(none.note)
+
+
+def test_cells_within_the_limits_are_counted_whether_they_moved_the_score_or_not(run: Run) -> None:
+    result = run(scorers=[FirstWord()])
+    moved = sum(abs(row.value) > 1e-12 for row in rows_of(result, "first/effect", split="selection"))
+    assert 0 < moved < 8, "all cells move: no test"
+    assert result.chosen is not None
+    assert f"8 of 8 cells are within the limits, {moved} of them" in str(result.chosen.note)
+
+
+def test_a_score_at_its_floor_is_reported_at_once_and_chooses_nothing(run: Run) -> None:
+    notes: list[str] = []
+    result = run(scorers=[CallableScorer(lambda c: False, "never")], goal="lower", on_note=notes.append)
+    assert "never is 0 in every unsteered answer: no edit can lower it, so the goal 'lower' cannot be met" in notes[-1]
+    assert result.chosen is not None
+    assert result.chosen.hook is None
+    assert "8 of 8 cells are within the limits; never is 0 in every unsteered answer" in str(result.chosen.note)
+    slope = one(result, "never/slope", hook=HOOKS[0])
+    assert slope.low < slope.value == 0 < slope.high, "five prompts at a floor do not prove a slope of 0"
+    table = Console(width=200, file=io.StringIO(), record=True)
+    table.print(site_table(result.measurements, "joy/dim", "never"))
+    assert "→ 1" not in table.export_text()
+    free: list[str] = []
+    run(scorers=[CallableScorer(lambda c: False, "never")], goal="higher", on_note=free.append)
+    assert not any("cannot be met" in note for note in free)
+
+
+def test_the_size_of_a_sweep_and_too_few_controls_are_reported_before_it_starts(run: Run) -> None:
+    notes: list[str] = []
+    result = run(on_note=lambda note: notes.append(note), benign=["w20 w21"])
+    total, steered, random = len(result.records), 2 * 4 * 8, 2 * 2 * 2 * 8
+    assert notes[0].startswith(f"{total:,} answers of up to {SHORT.max_new_tokens} tokens: 8 unsteered, {steered}")
+    assert f"{random} of random directions" in notes[0]
+    assert "the KL of 8 cells on 1 benign prompts" in notes[0]
+    assert "2 random directions: p of a cell against them is 0.33 at least" in notes[1]
+    assert "3 selection prompts choose among 8 cells" in notes[2]
 
 
 # --- the numbers ----------------------------------------------------------------------------------------------------
@@ -505,8 +545,8 @@ def killed_sweep(model: HookedTransformer, out: Path | None, on_rows: Callable[[
     one = Direction("joy", HOOKS[0], 2 * torch.randn(64, generator=g), "dim")
     asked = [synthetic.words(g, 5) for _ in range(10)]
     decoding = replace(SAMPLED, max_new_tokens=8)
-    given: dict[str, Any] = {"scorers": [LowWords()], "decoding": decoding, "controls": Controls(5)}
-    return sweep(model, one, asked, seeds=(0, 1), out=out, chunk_rows=40, on_rows=on_rows, **given)
+    given: dict[str, Any] = {"scorers": [LowWords()], "decoding": decoding, "controls": Controls(2)}
+    return sweep(model, one, asked, seeds=(0, 1), out=out, on_rows=on_rows, **given)
 
 
 def test_killed_with_sigkill_and_started_again_it_gives_the_same_table(
@@ -518,14 +558,14 @@ def test_killed_with_sigkill_and_started_again_it_gives_the_same_table(
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.strip().isdigit() and int(line) >= 200:
+        if line.strip().isdigit() and int(line) >= 128:
             break
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (out / "manifest.json").exists()
-    done = (out / GENERATIONS).read_bytes().count(b"\n") // 40 * 40
-    assert done >= 200
+    done = (out / GENERATIONS).read_bytes().count(b"\n") // CHUNK_ROWS * CHUNK_ROWS
+    assert 128 <= done < 340  # in all: small sweeps keep what they have, too
     made = counted(monkeypatch)
     again = killed_sweep(model, out, None)
     assert sum(made) == len(again.records) - done

@@ -152,9 +152,9 @@ def estimate_lines(estimate: "Estimate") -> list[str]:
         *(f"! {note}" for note in estimate.notes),
         f"{estimate.steps} steps of {estimate.tokens} tokens; {estimate.trained:,} of {estimate.parameters:,} weights"
         " are trained",
-        f"time: {_duration(estimate.seconds)} without measurements ({estimate.basis})",
+        f"time: {terminal.duration(estimate.seconds)} without measurements ({estimate.basis})",
         *(
-            [f"      and {_duration(estimate.watching)} for the monitor"]
+            [f"      and {terminal.duration(estimate.watching)} for the monitor"]
             if estimate.watching == estimate.watching
             else []
         ),
@@ -164,12 +164,6 @@ def estimate_lines(estimate: "Estimate") -> list[str]:
 
 def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _train(config: "RunConfig", resume: bool, overwrite: bool, as_json: bool) -> None:

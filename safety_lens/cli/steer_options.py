@@ -43,7 +43,9 @@ Scorers = Annotated[
 ]
 System = Annotated[str | None, typer.Option("--system", help="System prompt of prompts that have none.")]
 ControlCount = Annotated[int, typer.Option(min=0, help="Random directions of the same length; 20 or more are asked.")]
-ControlCoeffs = Annotated[str | None, typer.Option(help="Coefficients the controls run at; default the whole grid.")]
+ControlCoeffs = Annotated[
+    str | None, typer.Option(help="Coefficients of the controls; default the middle one of either sign; all: the grid.")
+]
 Shuffled = Annotated[int, typer.Option(min=0, help="Refits on shuffled labels (with --concept or --pairs).")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Sampling seeds; default 5, or 1 at temperature 0.")]
 SelectionShare = Annotated[

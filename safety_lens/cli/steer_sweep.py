@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from safety_lens.types import Prompt
 
 ABLATION_COEFFS = (0.25, 0.5, 0.75, 1.0)
+ALL = "all"
+"""Spelling of --control-coeffs that means the whole grid."""
 
 
 def run_sweep(
@@ -34,6 +37,7 @@ def run_sweep(
     given: dict[str, Any],
 ) -> None:
     """Run or go on with a sweep and print its results. given: the command's options by name."""
+    from safety_lens.interventions.sweeping import inputs
     from safety_lens.interventions.sweeping.engine import ablating, adding, sweep
     from safety_lens.interventions.sweeping.plan import Controls
 
@@ -46,7 +50,13 @@ def run_sweep(
     for remark in remarks:
         terminal.err.print(remark, markup=False, soft_wrap=True)
     coeffs = parse_numbers("--coeffs", given["coeffs"])
-    at = parse_numbers("--control-coeffs", given["control_coeffs"])
+    grid = inputs.checked_coeffs(ABLATION_COEFFS if coeffs is None and given["ablate"] else coeffs, given["units"])
+    at = control_coeffs(given["control_coeffs"], grid)
+    if given["control_coeffs"] is None and (given["controls"] or source.acts is not None):
+        terminal.err.print(
+            f"controls run at {', '.join(f'{c:g}' for c in at)} alone (--control-coeffs all: at every coefficient)",
+            markup=False,
+        )
     n_seeds = given["seeds"] or (5 if decoding.temperature > 0 else 1)
     out = None if given["out"] is None else Path(given["out"])
     try:
@@ -57,7 +67,7 @@ def run_sweep(
                 source.found,
                 roles.prompts,
                 scorers=scorers,
-                coeffs=ABLATION_COEFFS if coeffs is None and given["ablate"] else coeffs,
+                coeffs=grid,
                 hooks=list(hooks),
                 together=given["all_layers"],
                 seeds=range(given["seed"], given["seed"] + n_seeds),
@@ -77,6 +87,7 @@ def run_sweep(
                 overwrite=given["overwrite"],
                 arguments=given,
                 on_rows=progress,
+                on_note=lambda note: terminal.err.print(note, markup=False, soft_wrap=True),
             )
     except KeyboardInterrupt:
         typer.echo(progress.interrupted(), err=True)
@@ -92,14 +103,15 @@ def check_sweep(given: dict[str, Any]) -> None:
     """
     if not given["scorer"]:
         raise DataError("a sweep needs something to measure: give --scorer (lexicon:rude, refusal, hf:MODEL, …)")
-    for flag in ("coeffs", "control_coeffs"):
-        parse_numbers(f"--{flag.replace('_', '-')}", given[flag])
+    parse_numbers("--coeffs", given["coeffs"])
+    if given["control_coeffs"] != ALL:
+        parse_numbers("--control-coeffs", given["control_coeffs"])
     if given["max_kl"] is not None and given["benign"] is None:
         raise DataError("--max-kl is measured on prompts the edit is not meant for: give --benign FILE")
 
 
 class _Progress:
-    """Tells how far a sweep is, on a terminal as a bar."""
+    """Progress of a sweep: a bar on a terminal, and once the time that is left, from the first portion."""
 
     def __init__(self, out: Path | None, stack: ExitStack) -> None:
         self.out, self.stack, self.done, self.total = out, stack, 0, 0
@@ -108,6 +120,12 @@ class _Progress:
     def __call__(self, done: int, total: int) -> None:
         if self.advance is None:
             self.advance = self.stack.enter_context(terminal.progress("answers", total))
+            self.before, self.start = done, perf_counter()
+        elif done < total and self.done == self.before:
+            left = (perf_counter() - self.start) / (done - self.before) * (total - done)
+            terminal.err.print(
+                f"the {total - done:,} answers that are left take about {terminal.duration(left)}", markup=False
+            )
         self.advance(done - self.done)
         self.done, self.total = done, total
 
@@ -116,6 +134,14 @@ class _Progress:
             return "interrupted; nothing was kept, since there is no --out"
         kept = f"{self.done} of {self.total} answers" if self.total else "the answers that were written"
         return f"interrupted; {kept} are kept in {self.out}: the same command goes on from there"
+
+
+def control_coeffs(text: str | None, grid: Sequence[float]) -> tuple[float, ...]:
+    """Coefficients that the controls run at: those given, or the middle one of each sign of the grid."""
+    if text is not None and text != ALL:
+        return parse_numbers("--control-coeffs", text) or ()
+    sides = [sorted((c for c in grid if c * sign > 0), key=abs) for sign in (-1, 1)]
+    return tuple(c for side in sides for c in (side if text == ALL else side[len(side) // 2 :][:1]))
 
 
 def parse_numbers(flag: str, text: str | None) -> tuple[float, ...] | None:

@@ -159,7 +159,7 @@ def _cost_and_effect(axes: "Axes", cells: Cells) -> None:
         place = cells.get(*at, "benign_kl").value, cells.get(*at, "effect").value
         axes.plot(*place, "*", color="black", ms=13, label="chosen", zorder=5)
     axes.set_xlim(0, 1.3 * float(known[:, 0].max()))
-    axes.legend(fontsize=8, frameon=False)
+    _legend_below(axes)
 
 
 def _prompt_shares(axes: "Axes", cells: Cells) -> None:
@@ -175,7 +175,7 @@ def _prompt_shares(axes: "Axes", cells: Cells) -> None:
     anti = cells.get(site, None, "anti_steerable")
     note = "" if np.isnan(anti.value) else f"\nanti-steerable {anti.value:.2f} [{anti.low:.2f}, {anti.high:.2f}]"
     axes.set_title(f"prompt by prompt at {_short(site)}{note}", fontsize=10)
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    _legend_below(axes)
 
 
 def _subsets(axes: "Axes", rows: Sequence[Measurement], cells: Cells) -> None:
@@ -194,7 +194,12 @@ def _subsets(axes: "Axes", rows: Sequence[Measurement], cells: Cells) -> None:
     axes.axhline(0, color="black", lw=0.6)
     axes.set(xlabel="coefficient", ylabel=f"change of {cells.scorer}", xlim=(x.min(), x.max()))
     axes.set_title(f"subsets of prompts at {_short(site)}", fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
+    _legend_below(axes)
+
+
+def _legend_below(axes: "Axes") -> None:
+    """Legend under the panel, where it covers no bar or error bar."""
+    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
 
 
 def _with_zero(coeffs: Sequence[float]) -> Float[np.ndarray, " coeff"]:

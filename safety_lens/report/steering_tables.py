@@ -46,7 +46,7 @@ def cell_table(rows: Sequence[Measurement], subject: str, scorer: str) -> WordTa
     cells = Cells(rows, subject, scorer)
     site = cells.shown_site
     base = UNKNOWN if cells.baseline is None else Interval(*_numbers(cells.baseline))
-    title = f"{subject} → {scorer} at {site}, test prompts; unsteered {with_interval(base)}"
+    title = f"{subject} → {scorer} at {site}, test prompts\nunsteered {with_interval(base)}"
     columns = ("coeff", "effect", "p, whole\ngrid", "random directions\n(95 % of them)", "shuffled\nlabels", "broken",
                "KL, benign\n(p95)")  # fmt: skip
     table = WordTable(*columns, title=Text(title))
@@ -81,7 +81,7 @@ def site_table(rows: Sequence[Measurement], subject: str, scorer: str) -> WordTa
     for site in cells.sites:
         best = max(cells.coeffs, key=lambda c: abs(cells.get(site, c, "effect").value))
         table.add_row(
-            Text(("→ " if site == cells.shown_site and cells.chosen is not None else "") + short(site)),
+            Text(("→ " if cells.chosen is not None and cells.chosen.hook == site else "") + short(site)),
             with_interval(cells.get(site, None, "slope")),
             number(cells.get(site, None, "monotone").value),
             number(cells.get(site, None, "steerable").value),

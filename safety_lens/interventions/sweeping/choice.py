@@ -109,18 +109,22 @@ def _choice_of(grid: Grid, subject: str, metric: str, rows: Sequence[Measurement
         for a, e in effects.items()
     ]
     sign = WANTED[plan.goal]
-    gain = {a: (sign * e.value if sign else abs(e.value)) for a, e in effects.items() if _allowed(grid, a)}
+    allowed = [arm for arm in arms if _allowed(grid, arm)]
+    gain = {a: (sign * effects[a].value if sign else abs(effects[a].value)) for a in allowed}
     gain = {a: g for a, g in gain.items() if isfinite(g) and g > 1e-12}
+    within = f"{len(allowed)} of {len(arms)} cells are within the limits"
     if not gain:
         broken = sum(grid.too_broken(arm) for arm in arms)
-        note = f"no cell within the limits moved {metric} the wanted way ({plan.goal}) on {n} selection prompts"
+        note = f"no cell moved {metric} the wanted way ({plan.goal}) on {n} selection prompts; {within}"
+        if (end := _end(base)) is not None:
+            note += f"; {metric} is {end:g} in every unsteered answer"
         if broken:
             note += f"; {broken} of {len(arms)} cells break the text: try smaller coefficients, or another scope"
         return [*out, Measurement(subject, "chosen", NAN, split="selection", note=note)]
     top = max(gain.values())
     tied = [a for a, g in gain.items() if g >= top - 1e-12]
     best = min(tied, key=lambda a: _preference(grid, a))
-    note = f"moves {metric} furthest ({plan.goal}) on {n} selection prompts among {len(gain)} cells within the limits"
+    note = f"moves {metric} furthest ({plan.goal}) on {n} selection prompts; {within}, {len(gain)} of them move it so"
     if len(tied) > 1:
         note += f"; {len(tied)} cells tie: the lowest benign KL, the weakest, the nearest to depth {PREFERRED_DEPTH}"
     name = plan.sites[best.site].name
@@ -132,6 +136,25 @@ def _choice_of(grid: Grid, subject: str, metric: str, rows: Sequence[Measurement
     lost = abs(effects[best].value) - float(np.sign(effects[best].value)) * test.value
     what = "effect on the selection prompts minus effect on the test prompts, in the direction chosen"
     return [*out, Measurement(subject, f"{metric}/selection_penalty", lost, hook=name, coeff=best.coeff, note=what)]
+
+
+def _end(scores: Float[np.ndarray, "prompt seed"]) -> float | None:
+    """The one value that all known scores have, where it is 0 or 1: an end of a share's scale."""
+    known = set(scores[np.isfinite(scores)].tolist())
+    return known.pop() if len(known) == 1 and known <= {0.0, 1.0} else None
+
+
+def floor_notes(plan: Plan, records: Sequence[dict[str, Any]]) -> list[str]:
+    """Remarks on scorers by which all unsteered answers stand at 0 or at 1: only one direction is left to move."""
+    grid, out = Grid(plan, records, ()), []
+    for name in plan.scorers:
+        end = _end(np.concatenate([grid.scores(name, grid.baseline, split) for split in ("selection", "test")]))
+        if end is None:
+            continue
+        out.append(f"{name} is {end:g} in every unsteered answer: no edit can {'raise' if end else 'lower'} it")
+        if name == plan.scorers[0] and plan.goal == ("higher" if end else "lower"):
+            out[-1] += f", so the goal {plan.goal!r} cannot be met on these prompts"
+    return out
 
 
 def _allowed(grid: Grid, arm: Arm) -> bool:

@@ -27,7 +27,8 @@ from safety_lens.log import Measurement
 from safety_lens.probes.directions import Direction
 from safety_lens.types import FwdHook, Prompt
 
-CHUNK_ROWS = 512
+CHUNK_ROWS = 64
+"""Answers that are generated, scored and stored at once: what a killed sweep loses at most."""
 
 
 def adding(direction: Direction, coeff: float, scope: Scope, unit: float | None) -> list[FwdHook]:
@@ -67,6 +68,7 @@ def sweep(
     arguments: Mapping[str, Any] | None = None,
     chunk_rows: int = CHUNK_ROWS,
     on_rows: Callable[[int, int], None] | None = None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> SweepResult:
     """Steer every prompt with every direction, hook and coefficient, score the answers, and say what that is worth.
 
@@ -87,7 +89,8 @@ def sweep(
         max_kl: cells above this benign KL (nats per token) are not chosen.
         edit: what a coefficient does: `adding` or `ablating`, or a function of your own.
         out: folder for the running sweep and its result; the same call goes on where an earlier one was cut off.
-        on_rows: called with (rows done, rows in all).
+        on_rows: called with (rows done, rows in all), first before anything is generated.
+        on_note: called with remarks for the reader: the size of the sweep, few controls, a score at its floor.
 
     Raises:
         DataError: prompts that overlap, a bad number, a scorer without a name of its own.
@@ -125,9 +128,11 @@ def sweep(
     opened = open_sweep(place, plan, who, overwrite=overwrite)
     running = Running(model, replace(plan, sites=opened.sites), scorers, edit, opened)
     if not opened.sealed:
+        for note in (plan.describe(), *plan.remarks()):
+            on_note(note)
         running.check_widths()
         running.check_identity()
-        running.write(on_rows)
+        running.write(on_rows, on_note)
         running.measure_cost()
     return running.finish(arguments)
 

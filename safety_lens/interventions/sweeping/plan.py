@@ -1,5 +1,6 @@
-"""What a sweep will do, said before it starts: arms (sites × coefficients and their controls) × prompts × seeds."""
+"""Plan of a sweep, known before it starts: arms (sites × coefficients and their controls) × prompts × seeds."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -17,7 +18,17 @@ COEFFS: dict[str, tuple[float, ...]] = {
 """Coefficients where none are given: times the direction's own length, or times the RMS length of activations."""
 
 KINDS = ("baseline", "system", "steer", "random", "shuffled")
+TITLES = {
+    "baseline": "unsteered",
+    "system": "with the system prompt",
+    "steer": "steered",
+    "random": "of random directions",
+    "shuffled": "of refits on shuffled labels",
+}
+"""Kinds of arms for a reader."""
 SPLITS = ("selection", "test")
+LEAST_CONTROLS, LEAST_SELECTION = 20, 12
+"""Random directions and selection prompts below which a remark is made."""
 Directions = Direction | DirectionSet | Sequence[Direction | DirectionSet]
 
 
@@ -145,6 +156,33 @@ class Plan:
         """The work in order, in the portions that are done or not done as a whole."""
         cells = [Cell(a, p, s) for a in self.arms for s in self.seeds_of(a) for p in range(len(self.prompts))]
         return [cells[i : i + self.chunk_rows] for i in range(0, len(cells), self.chunk_rows)]
+
+    def describe(self) -> str:
+        """Number of answers by kind of arm, and their length, in one line."""
+        counts = Counter(dict.fromkeys(KINDS, 0))
+        for arm in self.arms:
+            counts[arm.kind] += len(self.prompts) * len(self.seeds_of(arm))
+        parts = [f"{n:,} {TITLES[kind]}" for kind, n in counts.items() if n]
+        what = f"{counts.total():,} answers of up to {self.decoding.max_new_tokens} tokens: {', '.join(parts)}"
+        cells = len(self.sites) * sum(c != 0 for c in self.coeffs)
+        sites = f"{len(self.prompts)} prompts, {len(self.sites)} sites, {cells} cells"
+        cost = f"; then the KL of {cells} cells on {len(self.benign)} benign prompts" if self.benign else ""
+        return f"{what} ({sites}){cost}"
+
+    def remarks(self) -> list[str]:
+        """Remarks on what so few controls and selection prompts can show."""
+        out = []
+        n, cells = self.controls.random, len(self.sites) * sum(c != 0 for c in self.coeffs)
+        if n < LEAST_CONTROLS:
+            least = f"p of a cell against them is {1 / (n + 1):.2g} at least, and " if n else ""
+            out.append(f"{n} random directions: {least}their range says little; use {LEAST_CONTROLS} or more")
+        chosen = sum(p.split == "selection" for p in self.prompts)
+        if 0 < chosen < LEAST_SELECTION:
+            out.append(
+                f"{chosen} selection prompts choose among {cells} cells: with fewer than {LEAST_SELECTION} the choice"
+                " is mostly noise"
+            )
+        return out
 
     def to_json(self) -> dict[str, Any]:
         """The plan as it is stored and compared; vectors are stored beside it."""

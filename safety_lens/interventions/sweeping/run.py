@@ -22,6 +22,7 @@ from safety_lens.interventions.scopes import Scope
 from safety_lens.interventions.scorers import Completion, Scorer, first_reader
 from safety_lens.interventions.side_effects import benign_kl, benign_rows
 from safety_lens.interventions.steering import check_widths
+from safety_lens.interventions.sweeping.choice import floor_notes
 from safety_lens.interventions.sweeping.controls import random_set
 from safety_lens.interventions.sweeping.plan import Arm, Cell, Plan
 from safety_lens.interventions.sweeping.store import KIND, OURS, TABLE, Opened, Record
@@ -131,16 +132,23 @@ class Running:
         total = sum(map(len, said[0]))
         return {number: total if said[k] == said[0] else None for k, number in enumerate(sites, 1)}
 
-    def write(self, on_rows: Callable[[int, int], None] | None) -> None:
+    def write(self, on_rows: Callable[[int, int], None] | None, on_note: Callable[[str], None]) -> None:
         """Generate, score and store every portion that is not there yet."""
         chunks = self.plan.chunks
-        total, done = sum(map(len, chunks)), 0
+        unsteered = sum(cell.arm.kind == "baseline" for chunk in chunks for cell in chunk)
+        total, done, seen = sum(map(len, chunks)), len(self.opened.generations.records), 0
+        if on_rows:
+            on_rows(done, total)
         for number, chunk in enumerate(chunks):
             if str(number) not in self.opened.generations:
                 self.opened.generations.add(str(number), self._answers(chunk))
-            done += len(chunk)
-            if on_rows:
-                on_rows(done, total)
+                done += len(chunk)
+                if on_rows:
+                    on_rows(done, total)
+            if seen < unsteered <= seen + len(chunk):
+                for note in floor_notes(self.plan, self.opened.generations.records):
+                    on_note(note)
+            seen += len(chunk)
 
     def _answers(self, chunk: Sequence[Cell]) -> list[Record]:
         hooks = {arm: self.hooks(arm) for arm in dict.fromkeys(cell.arm for cell in chunk)}
