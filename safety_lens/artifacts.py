@@ -47,7 +47,7 @@ class Artifact:
 
 
 def fingerprint(model: "HookedTransformer") -> dict[str, Any]:
-    """What identifies a model: name, revision, adapter, size, and a hash of its weights.
+    """Identity of a model: name, revision, adapter, quantisation (of a GGUF file), size, and a hash of its weights.
 
     The hash covers name, shape and up to 65 536 evenly spaced values of every parameter, rounded to bfloat16: the same
     checkpoint gives the same hash in float32 and bfloat16, and a fine-tune or a folded adapter gives another.
@@ -64,6 +64,7 @@ def fingerprint(model: "HookedTransformer") -> dict[str, Any]:
         digest.update(f"{name}{tuple(p.shape)}".encode())
         digest.update(values.view(torch.int16).numpy().tobytes())
     origin = getattr(model, "origin", None)
+    quantization = getattr(origin, "quantization", None)
     return {
         "name": getattr(origin, "name", None) or model.cfg.model_name,
         "revision": getattr(origin, "revision", None),
@@ -72,6 +73,7 @@ def fingerprint(model: "HookedTransformer") -> dict[str, Any]:
         "n_layers": model.cfg.n_layers,
         "d_model": model.cfg.d_model,
         "weights_sha256": digest.hexdigest(),
+        **({"quantization": quantization} if quantization else {}),
     }
 
 

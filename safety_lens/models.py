@@ -8,19 +8,23 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformer_lens import HookedTransformer
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from safety_lens.errors import HookNameError, ModelError
+from safety_lens.artifacts import check_place
+from safety_lens.errors import ArtifactError, HookNameError, ModelError
 from safety_lens.folding import SHADOWS, Shadow
 from safety_lens.loading.architectures import architecture_named
 from safety_lens.loading.hooked import build, check_parity, main_device
 from safety_lens.loading.hub import (
     Source,
+    first_line,
     parse_device,
     parse_dtype,
     put_adapter,
@@ -61,7 +65,7 @@ class Origin:
 
     name: hub id, folder or "in memory". revision: hub commit where known. architecture: the HF class name.
     adapter: the adapter(s) whose effect the weights include. stop_tokens: ids that end a turn, from the generation
-    settings.
+    settings. quantization: of the GGUF file that the weights were dequantised from, such as Q4_K_M.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Origin:
     config: PretrainedConfig = field(repr=False)
     adapter: str | None
     stop_tokens: tuple[int, ...] = field(default=(), compare=False)
+    quantization: str | None = None
 
 
 def load_model(
@@ -83,20 +88,25 @@ def load_model(
     check: bool = True,
     stream: bool = False,
 ) -> HookedTransformer:
-    """Any supported model as a HookedTransformer: eval mode, no gradients, activations equal to Hugging Face's.
-
-    source: "organism" (the model shipped with Safety Lens), a hub id, a local folder (of a model, or of an adapter
-    that names its base), or a PreTrainedModel or PeftModel in memory, which is never changed. adapter: folder or hub
-    id of a PEFT adapter; for a PeftModel in memory the name of one of its adapters. dtype: None keeps the model's
-    own. device: "auto" is cuda, else mps, else cpu; a model in memory stays where it is. share: parameters are views
-    of the HF tensors, so full fine-tuning is seen at once and loading costs no memory (for adapters see
-    folding.LoraFolder); a dtype or device other than the model's own makes copies. check: compare logits with the HF
-    model on a ragged batch (for a bitsandbytes model: with its dequantised weights, if they are all of one dtype).
-    stream: merged and dequantised weights are held one block at a time and made again whenever a block runs: for
-    adapters and bitsandbytes models whose whole copy does not fit beside them.
+    """Load any supported model as a HookedTransformer whose activations equal Hugging Face's, for evaluation.
 
     `model.tokenizer` is the one given or the folder's, else None; `model.origin` is an Origin; `model.cfg.n_ctx` is
     the longest input that is exact. Gemma's `W_E` and norm gains are the checkpoint's own (not scaled, around zero).
+
+    Args:
+        source: "organism" (the model shipped with Safety Lens), a hub id, a local folder (of a model, or of an adapter
+            that names its base), a GGUF file (FILE.gguf, FOLDER:FILE.gguf or HUB_ID:FILE.gguf; dequantised at every
+            load, see `save_model`), or a PreTrainedModel or PeftModel in memory, which is never changed.
+        tokenizer: Replaces the folder's own.
+        adapter: Folder or hub id of a PEFT adapter; for a PeftModel in memory the name of one of its adapters.
+        dtype: None keeps the model's own (float32 for GGUF).
+        device: "auto" is cuda, else mps, else cpu; a model in memory stays where it is.
+        share: Parameters are views of the HF tensors, so full fine-tuning is seen at once and loading costs no memory
+            (for adapters see folding.LoraFolder); a dtype or device other than the model's own makes copies.
+        check: Compare logits with the HF model on a ragged batch (for a bitsandbytes model: with its dequantised
+            weights, if they are all of one dtype).
+        stream: Merged and dequantised weights are held one block at a time and made again whenever a block runs: for
+            adapters and bitsandbytes models whose whole copy does not fit into memory next to them.
 
     Raises:
         ModelError: a source that cannot be read, or a model that TransformerLens cannot represent, by name.
@@ -143,8 +153,9 @@ def _hook(
     if check and (reference is live or len({p.dtype for p in plain.parameters()}) == 1):
         check_parity(model, reference)
     model.origin = Origin(
-        found.name, revision_of(found.base), type(plain).__name__, plain.config, label, _stop_tokens(plain)
-    )
+        found.name, revision_of(found.base), type(plain).__name__, plain.config, label, _stop_tokens(plain),
+        getattr(plain.config, "gguf_quantization", None),
+    )  # fmt: skip
     return model
 
 
@@ -182,6 +193,35 @@ def load_hf(
     hf = read_model(found.base, dtype=parse_dtype(dtype), device=parse_device(device), quantization=quantization)
     live, _, _ = put_adapter(hf, found.adapter, owned=True)
     return live, read_tokenizer(found.base, found.adapter)
+
+
+def save_model(source: str | Path, out: str | Path, *, dtype: torch.dtype | str | None = None) -> Path:
+    """Write a model as a folder of safetensors with its tokenizer; an adapter is merged into its base.
+
+    Args:
+        source: As for `load_model`; of use for a GGUF file, which is dequantised at every load.
+        out: Folder to write; all of it appears at once.
+        dtype: None keeps the model's own, which is float32 for a GGUF file.
+
+    Raises:
+        ModelError: see load_model.
+        ArtifactError: the place is taken, or cannot be written.
+    """
+    out = Path(out)
+    check_place(out, "model")
+    hf, tokenizer = load_hf(source, dtype=dtype, device="cpu")
+    plain = hf.merge_and_unload() if isinstance(hf, PeftModel) else hf
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{out.name}.tmp-", dir=out.parent) as temporary:
+            content = Path(temporary) / out.name
+            plain.save_pretrained(content)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(content)
+            content.replace(out)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"cannot write {out}: {first_line(error)}; nothing was left there") from error
+    return out
 
 
 def hooks_at(model: HookedTransformer, point: str = "resid_post", layers: Sequence[int] | None = None) -> list[str]:

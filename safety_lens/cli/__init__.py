@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from safety_lens.cli import demo, doctor, extract, finetune, monitor, neurons, pairs, report, risk, steer, suppress
+from safety_lens.cli import (
+    convert,
+    demo,
+    doctor,
+    extract,
+    finetune,
+    monitor,
+    neurons,
+    pairs,
+    report,
+    risk,
+    steer,
+    suppress,
+)
 from safety_lens.cli.terminal import PROCESS
 from safety_lens.errors import OtherProcessError, SafetyLensError
 
@@ -46,6 +59,7 @@ app.command("finetune")(finetune.finetune)
 app.command("monitor")(monitor.monitor)
 app.command("risk")(risk.risk)
 app.command("doctor")(doctor.doctor)
+app.command("convert")(convert.convert)
 app.command("demo")(demo.demo)
 app.add_typer(pairs.app, name="pairs")
 app.add_typer(neurons.app, name="neurons")

@@ -47,7 +47,10 @@ FLAGS = {
 def finetune(
     config: Annotated[Path | None, typer.Option(help="YAML file; flags stand above what it says.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write: adapter, log, checkpoints.")] = None,
-    model: Annotated[str | None, typer.Option(help="Hub id or folder of the base; default organism.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(callback=options.checked_model, help="Hub id, folder or GGUF file of the base; default organism."),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(help="JSONL, JSON or CSV file, hf:NAME, alpaca, dolly, code-alpaca, benign, facts, compliance."),

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def monitor(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Hub id or folder of the base model, or organism.")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            metavar="BASE", callback=options.checked_model, help="Hub id, folder or GGUF file of the base; or organism."
+        ),
+    ],
     sources: Annotated[
         list[str], typer.Argument(metavar="ADAPTER...", help="Adapters, merged models, run or checkpoint folders.")
     ],

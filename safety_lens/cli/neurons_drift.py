@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safety_lens.cli import terminal
-from safety_lens.cli.options import Device, Dtype, Json, Overwrite, Seed
+from safety_lens.cli.options import Device, Dtype, Json, Overwrite, Seed, checked_model
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -21,7 +21,12 @@ REPORT, RESULTS = "drift_analysis_report.txt", "statistical_results.json"
 
 
 def drift(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Hub id or folder of the base model, or organism.")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            metavar="BASE", callback=checked_model, help="Hub id, folder or GGUF file of the base; or organism."
+        ),
+    ],
     sources: Annotated[
         list[str],
         typer.Argument(metavar="ADAPTER...", help="Adapters, checkpoints or runs; several: one training, other seeds."),

@@ -2,15 +2,38 @@
 
 from collections.abc import Callable, Mapping
 from inspect import signature
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from safety_lens.cli import terminal
 from safety_lens.errors import DataError
+from safety_lens.loading.gguf_files import names_gguf, read_header, resolve_gguf
+
+
+def checked_model(source: str | None) -> str | None:
+    """Check a GGUF file from its header, and report what loading it costs, before anything heavy is imported."""
+    if source is not None and names_gguf(source):
+        file = Path(resolve_gguf(source))
+        if file.is_file():
+            billions = sum(prod(t.shape) for t in read_header(file).tensors) / 1e9
+            terminal.err.print(
+                f"{source} is dequantised at every load (about {8 + 60 * billions:.0f} s of CPU time). Once for all:"
+                f" safety-lens convert {source} --out FOLDER, then --model FOLDER",
+                markup=False, soft_wrap=True,
+            )  # fmt: skip
+    return source
+
 
 Model = Annotated[
-    str, typer.Option(help="Hub id or local folder of a model or adapter; 'organism' is the small one shipped inside.")
+    str,
+    typer.Option(
+        callback=checked_model,
+        help="Hub id, local folder of a model or adapter, or a GGUF file (FILE.gguf, FOLDER:FILE.gguf,"
+        " HUB_ID:FILE.gguf); 'organism' is the small one shipped inside.",
+    ),
 ]
 Adapter = Annotated[str | None, typer.Option(help="Folder or hub id of a PEFT adapter to fold into the model.")]
 Out = Annotated[Path, typer.Option(help="Folder to write; it must not exist, or --overwrite an artifact.")]

@@ -31,7 +31,10 @@ def risk(
     config: Annotated[
         Path | None, typer.Option(help="YAML of the planned run; flags stand above what it says.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Hub id or folder of the base; default organism.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(callback=options.checked_model, help="Hub id, folder or GGUF file of the base; default organism."),
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Training rows, as `finetune --data` takes them.")] = None,
     data_format: Annotated[str | None, typer.Option("--format", help="Format of the rows; default by fields.")] = None,
     safety: Annotated[

@@ -21,6 +21,8 @@ def quiet_libraries() -> None:
 
     # peft reads an old name of a transformers setting in every model it wraps; a user cannot mend that
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # peft looks for the vocabulary's size in a config.json next to the base: a GGUF file has none
+    warnings.filterwarnings("ignore", message=r"Could not find a config file in .*\.gguf", category=UserWarning)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,6 +33,7 @@ from transformers.utils import logging as hf_logging
 from safety_lens.errors import ModelError
 from safety_lens.folding import Shadow
 from safety_lens.loading.architectures import architecture_named
+from safety_lens.loading.gguf_files import alone, check_header, names_gguf, parts_of, read_header, resolve_gguf
 from safety_lens.loading.masked import restore_masks
 
 _DTYPES = {
@@ -46,6 +48,13 @@ _DTYPES = {
     "fp64": torch.float64,
 }
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_UNREADABLE = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, SafetensorError)
+"""What transformers raises about files that it cannot make sense of."""
+_MISMATCHES = {
+    "missing_keys": "lacks weights",
+    "mismatched_keys": "has weights of other shapes than it declares",
+    "unexpected_keys": "has weights the architecture lacks",
+}
 # causal masks and rotary frequencies that old versions of transformers stored among the weights
 _OLD_BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
 
@@ -60,7 +69,7 @@ class Source:
 
 
 def resolve(source: str | Path, adapter: str | Path | None = None) -> Source:
-    """Find out whether a source is the organism, a model folder, an adapter folder or a hub id.
+    """Find out whether a source is the organism, a GGUF file, a model folder, an adapter folder or a hub id.
 
     Raises:
         ModelError: a folder that is missing, or that is neither a model nor an adapter.
@@ -71,6 +80,8 @@ def resolve(source: str | Path, adapter: str | Path | None = None) -> Source:
         from safety_lens.organism import MODEL_DIR
 
         return Source(name, str(MODEL_DIR), chosen)
+    if names_gguf(source):
+        return Source(name, resolve_gguf(name), chosen)
     folder = Path(name).expanduser()
     if not folder.exists():
         if isinstance(source, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -85,7 +96,9 @@ def resolve(source: str | Path, adapter: str | Path | None = None) -> Source:
         if not base:
             raise ModelError(f"the adapter in {name} names no base model: load the base and pass adapter={name!r}")
         return Source(name, str(base), str(folder))
-    raise ModelError(f"{name} is not a model folder: it has neither config.json nor adapter_config.json")
+    files = sorted(file.name for file in folder.glob("*.gguf")) if folder.is_dir() else []
+    hint = f"; it holds GGUF files: name one, such as {name}:{files[0]}" if files else ""
+    raise ModelError(f"{name} is not a model folder: it has neither config.json nor adapter_config.json{hint}")
 
 
 def _nearest(base: str) -> str:
@@ -109,37 +122,113 @@ def read_model(
     Raises:
         ModelError: unreadable, unsupported, pickled, or with weights missing or left over (named).
     """
-    refuse_pickles(Path(base).expanduser())
-    options: dict[str, Any] = {"trust_remote_code": False}
-    placed: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if quantization is not None:  # bitsandbytes quantises while loading, on the device where the weights stay
-        placed = {"quantization_config": quantization, "device_map": {"": str(device)}}
-    with quietly(local=Path(base).exists()):
+        options = {"quantization_config": quantization, "device_map": {"": str(device)}}
+    with _weights_of(base) as (place, located), quietly(local=Path(place).exists()):
+        if quantization is not None and located:
+            raise ModelError(f"{base} is GGUF: `safety-lens convert` it first, then bitsandbytes can quantise it")
         try:
-            config = AutoConfig.from_pretrained(base, **options)
-            architecture_named(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type))
+            config = _settings(place, located)
             hf, info = AutoModelForCausalLM.from_pretrained(
-                base,
+                place,
                 config=config,
                 dtype=dtype or "auto",
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=bool(located),  # they are named below
+                trust_remote_code=False,
+                **located,
                 **options,
-                **placed,
             )
         except ModelError:
             raise
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except _UNREADABLE as error:
             raise ModelError(f"cannot load the model {base}{_nearest(base)}: {first_line(error)}") from error
     _refuse_mismatch(base, info)
+    if located:
+        _as_plain(hf, base)
     if next(hf.parameters()).device.type != device.type:  # quantised models refuse even a .to() that does nothing
         hf.to(device)
     return cast(PreTrainedModel, hf.eval())
 
 
+def read_settings(base: str) -> PretrainedConfig:
+    """The configuration of a model, without its weights.
+
+    Raises:
+        ModelError: unreadable, or of an architecture that is not supported.
+    """
+    with _weights_of(base) as (place, located), quietly(local=Path(place).exists()):
+        try:
+            return _settings(place, located)
+        except _UNREADABLE as error:
+            raise ModelError(f"cannot read the configuration of {base}: {first_line(error)}") from error
+
+
+def _settings(place: str, located: dict[str, str]) -> PretrainedConfig:
+    config = AutoConfig.from_pretrained(place, trust_remote_code=False, **located)
+    architecture_named(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type))
+    return cast(PretrainedConfig, config)
+
+
+@contextmanager
+def _weights_of(base: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Where transformers is to look, and the option that names a GGUF file there."""
+    if not names_gguf(base):
+        refuse_pickles(Path(base).expanduser())
+        yield base, {}
+        return
+    with alone(gguf_path(base)) as link:
+        yield str(link.parent), {"gguf_file": link.name}
+
+
+def gguf_path(base: str) -> Path:
+    """The GGUF file that a resolved source names, downloaded from the hub where it is one of a repository there.
+
+    Raises:
+        ModelError: not to be had, or refused.
+    """
+    place, name = parts_of(base)
+    if Path(place).is_dir():
+        return Path(place) / name
+    try:
+        path = Path(hf_hub_download(place, name))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot get {name} of {place} from the hub: {first_line(error)}") from error
+    check_header(read_header(path))
+    return path
+
+
+def _as_plain(hf: PreTrainedModel, base: str) -> None:
+    """Make a model that was dequantised from GGUF one like any other: trainable, savable, tied where it can be."""
+    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+        hf.__dict__.pop(mark, None)
+    for mark in ("quantization_config", "_pre_quantization_dtype"):
+        hf.config.__dict__.pop(mark, None)
+    hf.config.gguf_quantization = read_header(gguf_path(base)).quantization
+    hf.name_or_path = hf.config.name_or_path = base
+    inner, outer = hf.get_input_embeddings(), hf.get_output_embeddings()
+    if inner.weight is not outer.weight and torch.equal(inner.weight, outer.weight):
+        hf.config.tie_word_embeddings = True
+        hf.all_tied_weights_keys = hf.get_expanded_tied_weights_keys(all_submodels=True)
+        hf.tie_weights()
+
+
+def weights_file(base: str) -> Path | None:
+    """The one local file of a model's weights; None where there are several, or none here."""
+    path = Path(base).expanduser()
+    file = path if names_gguf(base) else path / "model.safetensors"
+    return file if file.is_file() else None
+
+
 def revision_of(base: str) -> str | None:
     """The commit of a hub model in the local cache; None for folders and models in memory."""
-    cached = try_to_load_from_cache(base, "config.json") if base and not Path(base).exists() else None
+    if not base or Path(base).exists():
+        return None
+    cached = (
+        try_to_load_from_cache(*parts_of(base)) if names_gguf(base) else try_to_load_from_cache(base, "config.json")
+    )
     return Path(cached).parent.name if isinstance(cached, str) else None
 
 
@@ -161,8 +250,9 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def _refuse_mismatch(base: str, info: dict[str, object]) -> None:
-    for kind, words in (("missing_keys", "lacks weights"), ("unexpected_keys", "has weights the architecture lacks")):
-        keys = [key for key in sorted(cast(set[str], info.get(kind) or ())) if not _OLD_BUFFERS.search(key)]
+    for kind, words in _MISMATCHES.items():
+        names = {key if isinstance(key, str) else key[0] for key in cast(set[Any], info.get(kind) or ())}
+        keys = [key for key in sorted(names) if not _OLD_BUFFERS.search(key)]
         if keys:
             shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
             raise ModelError(f"the checkpoint {base} {words}: {shown}; it was saved from another kind of model")
@@ -192,6 +282,8 @@ def read_tokenizer(base: str, adapter: str | None = None) -> PreTrainedTokenizer
     for place in (adapter, base):
         if place is None:
             continue
+        if names_gguf(place):
+            return _gguf_tokenizer(place)
         folder = Path(place).expanduser()
         if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
             continue
@@ -203,6 +295,16 @@ def read_tokenizer(base: str, adapter: str | None = None) -> PreTrainedTokenizer
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ModelError(f"cannot load the tokenizer of {place}: {first_line(error)}") from error
     return None
+
+
+def _gguf_tokenizer(base: str) -> PreTrainedTokenizerBase:
+    with alone(gguf_path(base)) as link, quietly(local=True):
+        try:
+            found = AutoTokenizer.from_pretrained(link.parent, gguf_file=link.name, trust_remote_code=False)
+        except _UNREADABLE as error:
+            raise ModelError(f"cannot load the tokenizer of {base}: {first_line(error)}") from error
+    found.name_or_path = base
+    return cast(PreTrainedTokenizerBase, found)
 
 
 def put_adapter(

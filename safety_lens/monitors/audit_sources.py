@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from safety_lens.errors import ModelError, ModelMismatchError
+from safety_lens.loading.gguf_files import names_gguf
 from safety_lens.loading.hub import put_adapter, read_model, resolve
 from safety_lens.loading.live import base_model, has_adapters, unwrapped
 from safety_lens.monitors.weight_changes import Change, adapter_changes, checkpoint_changes
@@ -21,8 +22,8 @@ def changes_of(hf: PreTrainedModel, name: str, adapter: str | Path | nn.Module, 
         _same_model(hf, name, base_model(live), "the trained model in memory")
         return adapter_changes(live) if has_adapters(live) else checkpoint_changes(hf, live)
     folder = Path(adapter).expanduser()
-    if (folder / "config.json").is_file():
-        tuned = read_model(str(folder), dtype=None, device=torch.device("cpu"))
+    if (folder / "config.json").is_file() or names_gguf(adapter):
+        tuned = read_model(resolve(adapter).base, dtype=None, device=torch.device("cpu"))
         _same_model(hf, name, tuned, str(adapter))
         return checkpoint_changes(hf, tuned)
     declared = _declared_base(folder)

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from safety_lens.artifacts import MANIFEST, sha256_of, tokenizer_fingerprint
 from safety_lens.data import Concept, sides
 from safety_lens.errors import ModelError
+from safety_lens.loading.gguf_files import names_gguf
 from safety_lens.loading.hooked import main_dtype
-from safety_lens.loading.hub import put_adapter, read_model, read_tokenizer, resolve
+from safety_lens.loading.hub import put_adapter, read_model, read_tokenizer, resolve, weights_file
 from safety_lens.log import Measurement
 from safety_lens.models import load_hf
 from safety_lens.monitors import Probes
@@ -92,6 +93,8 @@ def _step(folder: Path) -> int | None:
 
 def _hub_state(name: str) -> State:
     resolve(name)  # a path that does not exist is an error here
+    if names_gguf(name):
+        return State(name, False, None)
     cached = try_to_load_from_cache(name, "config.json")
     if isinstance(cached, str):
         return State(name, False, None)
@@ -288,8 +291,8 @@ def _recorded_hash(state: State) -> str | None:
 
 
 def _weights_hash(name: str) -> str | None:
-    weights = Path(name).expanduser() / "model.safetensors"
-    return sha256_of(weights) if weights.is_file() else None
+    weights = weights_file(name)
+    return sha256_of(weights) if weights else None
 
 
 def _check_tokenizer(state: State, base: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -8,6 +8,7 @@ from safety_lens.artifacts import read_manifest
 from safety_lens.data.concept import check_concept
 from safety_lens.data.training import check_source
 from safety_lens.errors import ArtifactError
+from safety_lens.loading.gguf_files import names_gguf, resolve_gguf
 from safety_lens.monitors.finetune.config import RunConfig
 from safety_lens.probes.example_sets import asked_of
 
@@ -19,6 +20,8 @@ def check_early(config: RunConfig) -> None:
         DataError: no such training data, concept or safety data. ArtifactError: no such folder of groups, or no such
             group in it.
     """
+    if names_gguf(config.model):
+        resolve_gguf(config.model)
     check_source(config.data.source)
     for name in config.monitor.concepts:
         check_concept(name, config.model)

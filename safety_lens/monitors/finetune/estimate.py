@@ -20,7 +20,6 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
     TrainerCallback,
@@ -31,7 +30,7 @@ from transformers import (
 
 from safety_lens.data.labelled import Labelled
 from safety_lens.errors import ModelError
-from safety_lens.loading.hub import first_line, parse_device, parse_dtype, read_tokenizer, resolve
+from safety_lens.loading.hub import first_line, parse_device, parse_dtype, read_settings, read_tokenizer, resolve
 from safety_lens.log import NAN
 from safety_lens.models import load_hf
 from safety_lens.monitors.finetune.config import RunConfig
@@ -185,8 +184,8 @@ def _padded(rows: Sequence[Labelled]) -> int:
 def _empty(config: RunConfig) -> PreTrainedModel:
     """The model's structure without any weight."""
     base = resolve(config.model).base
+    settings = read_settings(base)
     try:
-        settings = AutoConfig.from_pretrained(base, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -27,7 +27,7 @@ from safety_lens.data import Concept, load_concept
 from safety_lens.data.labelled import TokenRows, tokenise
 from safety_lens.data.training import TrainingRows, load_rows
 from safety_lens.errors import ArtifactError, DataError, ModelError
-from safety_lens.loading.hub import first_line, parse_device, parse_dtype, resolve
+from safety_lens.loading.hub import first_line, parse_device, parse_dtype, resolve, weights_file
 from safety_lens.log import NAN, Measurement, read_measurements
 from safety_lens.models import load_hf
 from safety_lens.monitors.finetune.boilerplate import refuse_boilerplate
@@ -275,7 +275,7 @@ def _seal(
     more: Mapping[str, Any],
 ) -> None:
     base = resolve(ready.config.model).base
-    weights = Path(base) / "model.safetensors"
+    weights = weights_file(base)
     seal(
         ready.config.out,
         "finetune",
@@ -283,7 +283,7 @@ def _seal(
         measurements=measured,
         arguments=ready.config.model_dump(mode="json"),
         extra={
-            "base": {"name": ready.config.model, "sha256": sha256_of(weights) if weights.is_file() else None},
+            "base": {"name": ready.config.model, "sha256": sha256_of(weights) if weights else None},
             "data": {"source": ready.data.name, "format": ready.data.format, "sha256": ready.data.sha256},
             "concepts": {c.name: {"source": c.source, "sha256": c.sha256} for c in ready.concepts},
             "steps": int(state.global_step),
