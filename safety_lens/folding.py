@@ -7,7 +7,8 @@ merge_adapter / unmerge_adapter on a live bf16 model changes a fifth of the adap
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -208,6 +209,25 @@ class LoraFolder:
         if not self._views:  # some weight has another dtype than the model, so the hooked one has a copy
             attach(self.model, self._source)
             self._built_from = self._fingerprint()
+
+    @contextmanager
+    def unfolded(self) -> Iterator[bool]:
+        """Give the hooked model the weights without any adapter, and fold again afterwards.
+
+        Yields:
+            Whether that is the untrained model: False where whole weights are trained, and nothing is changed then.
+        """
+        whole = any(p.requires_grad and "lora_" not in name for name, p in self.trained.named_parameters())
+        if self._shadow is None or whole:
+            yield False
+            return
+        self._shadow.adapters = ()
+        try:
+            self._shadow.refresh()
+            yield True
+        finally:
+            self._shadow.adapters = None
+            self._shadow.refresh()
 
     def _rebuild(self) -> None:
         streamed = is_streamed(self.model)

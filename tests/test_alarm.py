@@ -12,7 +12,7 @@ from safety_lens.errors import DataError
 from safety_lens.log import Measurement
 from safety_lens.monitors import StopRule
 from safety_lens.monitors.actions import Alarm, actions_named
-from safety_lens.monitors.alarm import Level, Verdict
+from safety_lens.monitors.alarm import Level, Limits, Verdict
 from safety_lens.monitors.behaviour import change_interval
 
 HOOK = "blocks.3.hook_resid_post"
@@ -72,13 +72,74 @@ def test_behaviour_comes_first_and_a_direction_is_one_reason_however_many_hooks_
     )
 
 
-def test_a_notice_shortens_the_interval_until_it_is_over() -> None:
-    rule = StopRule(faster=5)
-    assert rule.interval(50) == 50
+def test_a_notice_stands_until_directions_are_measured_again() -> None:
+    rule = StopRule()
     rule.update([turned(0.5, 0.6)])
-    assert (rule.interval(50), rule.interval(3)) == (10, 1)
-    rule.update([turned(1.0, 1.0)])
-    assert rule.interval(50) == 50
+    assert rule.update([odds(0.0, 0.1)]).level is Level.NOTICE, "a light measurement reads no direction"
+    assert rule.update([turned(1.0, 1.0)]).level is Level.OK
+
+
+@pytest.mark.parametrize(
+    ("subject", "metric", "change", "level"),
+    [
+        ("agreement", "agreement_rate", 0.3, Level.ALARM),
+        ("agreement", "agreement_rate", -0.3, Level.OK),  # agreeing less with false beliefs is no alarm
+        ("falsehood", "falsehood_log_odds", 2.0, Level.ALARM),
+        ("hedging", "hedging_rate", -0.3, Level.ALARM),
+        ("hedging", "hedging_rate", 0.3, Level.OK),
+    ],
+)
+def test_every_behaviour_alarms_in_its_bad_direction_only(
+    subject: str, metric: str, change: float, level: Level
+) -> None:
+    ends = sorted([0.5 * change, 1.5 * change])
+    row = Measurement(f"behaviour/{subject}", f"{metric}_change", change, *ends, step=5)
+    assert StopRule().update([row]).level is level
+
+
+def test_limits_may_be_set_per_concept() -> None:
+    rule = StopRule(concepts={"refusal": Limits(log_odds=3.0, rate=0.5, delta=0.6)})
+    assert rule.update([odds(-2.0, -1.5), turned(0.5, 0.6)]).level is Level.OK
+    assert rule.update([replace(turned(0.5, 0.6), subject="sycophancy/dim")]).level is Level.NOTICE
+    with pytest.raises(DataError, match="delta"):
+        Limits(delta=0.0)
+
+
+def test_over_refusal_alarms_when_it_is_sure_twice_running() -> None:
+    def refused(change: float, low: float, subject: str = "lookalike") -> list[Measurement]:
+        return [Measurement(f"behaviour/{subject}", "refusal_rate_change", change, low, 2 * change - low, step=5)]
+
+    rule = StopRule()
+    assert [rule.update(refused(0.4, low)).level for low in (0.2, 0.2, 0.05, 0.2, 0.2)] == [
+        Level.OK, Level.ALARM, Level.OK, Level.OK, Level.ALARM,
+    ]  # fmt: skip
+    assert "refusals of safe requests rose by 0.40 [0.20, 0.60]" in rule.verdict.reasons[0]
+    both = [*refused(0.0, -0.1), *refused(0.4, 0.3, "harmless")]
+    assert [StopRule().update(both).level for _ in range(3)] == [Level.OK] * 3, (
+        "look-alikes decide where there are some"
+    )
+
+
+def test_more_looks_ask_for_more_and_false_alarms_stay_within_the_budget() -> None:
+    few, many = StopRule(), StopRule()
+    assert few.widening == 1
+    assert "at most 0.05" in many.plan(20, 4)
+    row = odds(-1.2, -0.1)
+    assert few.update([row]).level is Level.ALARM
+    assert many.update([row]).level is Level.OK
+    rng = np.random.default_rng(0)
+    alarms = 0
+    for _ in range(400):  # nothing changes: 20 looks at 48 prompts each, whatever the limit
+        rule = StopRule(log_odds=1e-9, rate=1e-9)
+        rule.plan(20, 1)
+        for step in range(20):
+            noise = rng.normal(0, 1, 48)
+            half = 1.96 * noise.std(ddof=1) / np.sqrt(48)
+            rule.update(
+                [replace(odds(0.0, 0.0, step), value=noise.mean(), low=noise.mean() - half, high=noise.mean() + half)]
+            )
+        alarms += rule.alarmed_at is not None
+    assert alarms / 400 <= 0.05
 
 
 def test_replaying_a_log_restores_the_rule() -> None:

@@ -25,7 +25,7 @@ from safety_lens.monitors.monitor import Monitor
 
 
 def watching(**more: Any) -> MonitorCallback:
-    return MonitorCallback(tiny_concepts(), **{"every": 2, "probes": PROBES, "pairs": PAIRS, **more})
+    return MonitorCallback(tiny_concepts(), **{"every": 2, "budget": None, "probes": PROBES, "pairs": PAIRS, **more})
 
 
 class Failing(MonitorCallback):
@@ -91,7 +91,7 @@ def test_a_monitor_that_fails_under_warn_leaves_training_bit_identical_and_says_
             finally:
                 torch.set_rng_state(state)
 
-    callback = FailsInside(tiny_concepts(), every=2, probes=PROBES, pairs=PAIRS, on_error="warn")
+    callback = FailsInside(tiny_concepts(), every=2, budget=None, probes=PROBES, pairs=PAIRS, on_error="warn")
     with caplog.at_level(logging.WARNING):
         watched = run(tmp_path / "watched", callback)
     assert same(alone, watched) == []
@@ -122,7 +122,7 @@ def test_an_error_in_the_middle_of_a_measurement_leaves_every_stream_as_it_was(
 
 def test_under_raise_the_error_ends_the_training(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="out of luck"):
-        run(tmp_path, Failing(tiny_concepts(), every=2, probes=PROBES, pairs=PAIRS))
+        run(tmp_path, Failing(tiny_concepts(), every=2, budget=None, probes=PROBES, pairs=PAIRS))
 
 
 def test_full_fine_tuning_and_autocast_are_watched_without_a_trace(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_the_organism_trains_bit_identically_under_a_monitor_with_all_probes(set
         made.train()
         return left_behind(made)
 
-    callback = MonitorCallback(["refusal", "sycophancy", "deception"], every=5)
+    callback = MonitorCallback(["refusal", "sycophancy", "deception"], every=5, budget=None)
     assert same(trained("alone"), trained("watched", callback)) == []
     assert callback.log is not None
     assert callback.log.steps() >= {0, 5, 10, 15, 20}
@@ -226,7 +226,7 @@ def numbers(rows: list[Measurement]) -> dict[tuple[Any, ...], float]:
     """Rows of a log by what they measure; times are left out. Fails on a duplicate."""
     out: dict[tuple[Any, ...], float] = {}
     for row in rows:
-        if row.metric == "seconds":
+        if row.metric.endswith("seconds"):
             continue
         key = (row.step, row.subject, row.metric, row.hook, row.split)
         assert key not in out, f"duplicate {key}"
@@ -277,7 +277,7 @@ def _rank(rank: int, port: int, folder: str, stop: bool) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     kind = Falls if stop else MonitorCallback
-    callback = kind(tiny_concepts(), every=2, probes=PROBES, pairs=PAIRS, on_alarm="stop")
+    callback = kind(tiny_concepts(), every=2, budget=None, probes=PROBES, pairs=PAIRS, on_alarm="stop")
     run(Path(folder), callback, model=still(), per_device_train_batch_size=2, ddp_backend="gloo")
     torch.distributed.destroy_process_group()
 
@@ -344,11 +344,13 @@ class Turns(Falls):
 
 def test_an_alarm_acts_once_saves_a_checkpoint_and_stops_the_run(tmp_path: Path) -> None:
     alarms: list[Alarm] = []
-    callback = Falls(tiny_concepts(), every=2, probes=None, pairs=PAIRS, on_alarm=(alarms.append, "checkpoint"))
+    callback = Falls(
+        tiny_concepts(), every=2, budget=None, probes=None, pairs=PAIRS, on_alarm=(alarms.append, "checkpoint")
+    )
     run(tmp_path, callback)
     assert [alarm.step for alarm in alarms] == [4]
     assert (tmp_path / "checkpoint-4").is_dir()
-    stopping = Falls(tiny_concepts(), every=2, probes=None, pairs=PAIRS, on_alarm="stop")
+    stopping = Falls(tiny_concepts(), every=2, budget=None, probes=None, pairs=PAIRS, on_alarm="stop")
     run(tmp_path / "stopped", stopping)
     assert steps(tmp_path / "stopped") == [0, 2, 4]
     level = [row for row in read_log(tmp_path / "stopped" / "drift.jsonl") if row.metric == "level"][-1]
@@ -485,7 +487,7 @@ def test_pairs_faults_and_the_time_before_training_are_reported_before_step_1(
     with caplog.at_level(logging.INFO, "safety_lens.monitor"), pytest.raises(KeyboardInterrupt):
         run(tmp_path, watching(), Stops())
     assert "pairs: joy from drawn: 8 train, 0 val, 6 test; 6 train and 6 test are read" in caplog.text
-    assert "refusal log-odds will not be measured: the model refused 0 of" in caplog.text
+    assert "refusal log-odds will not be measured: 0 of" in caplog.text
     assert "the measurement before training took" in caplog.text
 
 
@@ -493,7 +495,7 @@ def test_a_notice_is_reported_once_when_it_begins_and_the_table_lies_next_to_the
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "safety_lens.monitor"):
-        run(tmp_path / "turns", Turns(tiny_concepts(), every=2, probes=None, pairs=PAIRS))
+        run(tmp_path / "turns", Turns(tiny_concepts(), every=2, budget=None, probes=None, pairs=PAIRS))
     log = read_log(tmp_path / "turns" / "drift.jsonl")
     noticed = [row.step for row in log if row.metric == "level" and row.value == 1]
     assert len(noticed) > 1

@@ -8,9 +8,20 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from safety_lens.bootstrap import mean_interval
 from safety_lens.log import NAN, Measurement
+from safety_lens.power import detectable_mean, detectable_share, difference_of_means, difference_of_rates
 from safety_lens.report import drift_plots
-from safety_lens.report.drift_tables import Drift, behaviour_table, digits_of, drift_table, remarks, show_runs, verdicts
+from safety_lens.report.drift_tables import (
+    Drift,
+    behaviour_table,
+    digits_of,
+    drift_table,
+    remarks,
+    show_runs,
+    unseen_changes,
+    verdicts,
+)
 
 HOOKS = [f"blocks.{i}.hook_resid_post" for i in range(4)]
 STEPS = (0, 10, 20)
@@ -40,6 +51,7 @@ def made(speed: float = 0.1, probed: bool = True) -> list[Measurement]:
                 rows.append(Measurement(f"behaviour/{name}", "refusal_log_odds", odds, odds - 1, odds + 1, step=step))
                 change = Measurement(f"behaviour/{name}", "refusal_log_odds_change", sign * 2.0 * k, step=step)
                 rows += [change, Measurement(f"behaviour/{name}", "refusal_rate", 1 - k / 2, 0.0, 1.0, step=step)]
+                rows.append(Measurement(f"behaviour/{name}", "token_kl", 0.1 * k, 0.0, 1.0, step=step))
         rows.append(Measurement("run", "level", 2.0 * (k > 1), step=step, note="refusals fell"))
     return rows
 
@@ -175,3 +187,51 @@ def test_step_axes_and_labels_do_not_mislead() -> None:
     axes = drift_plots.drift_and_behaviour(made()).axes[0]
     assert not axes.texts, "labels of several concepts would lie on each other"
     assert "the last step, 20" in axes.get_title()
+
+
+def test_light_measurements_are_drawn_and_tables_say_when_directions_were_last_measured() -> None:
+    light = [
+        Measurement("behaviour/harmful", "refusal_log_odds", 0.5, 0.0, 1.0, n=12, step=30),
+        Measurement("behaviour/harmful", "token_kl", 0.5, 0.4, 0.6, n=12, step=30),
+    ]
+    rows = [*made(), *light]
+    d = Drift(rows)
+    assert (d.last, d.last_answered, d.probed[-1]) == (20, 20, 30)
+    curve = drift_plots.refusal_odds(rows).axes[0].lines[0]
+    assert curve.get_xdata().tolist() == [0, 10, 20, 30]
+    assert "! directions were last measured at step 20, behaviour at step 30" in remarks({"mine": rows})
+
+
+def test_next_to_no_change_stands_the_smallest_change_that_would_have_been_seen() -> None:
+    at = {"step": 20, "n": 48}
+    still = [*made(), Measurement("behaviour/harmful", "refusal_rate_change", 0.0, -0.07, 0.07, **at)]
+    (line,) = unseen_changes({"mine": still})
+    assert "refuses harmful" in line
+    assert "points (n = 48)" in line
+    moved = [*made(), Measurement("behaviour/harmful", "refusal_rate_change", -0.4, -0.5, -0.3, **at)]
+    assert unseen_changes({"mine": moved}) == []
+
+
+def test_the_smallest_share_is_seen_with_80_percent_power_and_a_smaller_one_is_not() -> None:
+    n = 48
+    share = detectable_share(n)
+    rng = np.random.default_rng(0)
+    seen = [mean_interval(rng.binomial(1, share, n).astype(float)).low > 0 for _ in range(300)]
+    assert 0.7 < np.mean(seen) < 0.9
+    half = [mean_interval(rng.binomial(1, share / 2, n).astype(float)).low > 0 for _ in range(300)]
+    assert np.mean(half) < 0.6
+    assert detectable_share(200) < detectable_share(48) < detectable_share(12)
+    change = rng.normal(0, 2.0, n)
+    least = detectable_mean(mean_interval(change))
+    assert least == pytest.approx(2.8 * 2.0 / np.sqrt(n), rel=0.3)
+
+
+def test_differences_of_two_samples_cover_their_truth() -> None:
+    a, b = np.array([1.0] * 30 + [0.0] * 18), np.array([1.0] * 4 + [0.0] * 44)
+    found = difference_of_rates(a, b)
+    assert found.value == pytest.approx(26 / 48)
+    assert 0.3 < found.low < found.value < found.high < 0.75
+    same = difference_of_rates(a, a)
+    assert same.low < 0 < same.high
+    means = difference_of_means(a, b)
+    assert means.low == pytest.approx(found.low, abs=0.05)

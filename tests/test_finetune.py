@@ -401,7 +401,8 @@ def test_an_interrupted_run_resumes_to_the_same_adapter_and_one_log_without_hole
 def test_a_run_that_was_killed_resumes_on_the_command_line_to_one_whole_log(tmp_path: Path) -> None:
     """SIGKILL between two checkpoints, and a torn last line in the log: same adapter, no step twice, none missing."""
     settings = {**TINY, "training.max_steps": 40, "training.save_steps": 5, "monitor.concepts": ["refusal"],
-                "monitor.every": 2, "monitor.probes": False, "monitor.stop.faster": 1}  # fmt: skip
+                "monitor.every": 2, "monitor.budget": None, "monitor.probes": False,
+                "monitor.stop.faster": 1}  # fmt: skip
     whole = run(read_config(None, {**settings, "out": tmp_path / "whole"}))
     file = tmp_path / "run.yaml"
     file.write_text(read_config(None, {**settings, "out": tmp_path / "killed"}).to_yaml())
@@ -477,7 +478,20 @@ def test_the_command_line_says_what_would_run_and_takes_a_file_with_flags_on_top
 
 def test_the_command_line_trains_and_prints_what_moved(tmp_path: Path) -> None:
     arguments = ["finetune", "--data", "benign", "--out", str(tmp_path / "a"), "--max-steps", "2", "--rank", "4"]
-    arguments += ["--batch-size", "4", "--concept", "refusal", "--every", "2", "--layers", "6,7", "--device", "cpu"]
+    arguments += [
+        "--batch-size",
+        "4",
+        "--concept",
+        "refusal",
+        "--every",
+        "2",
+        "--monitor-budget",
+        "none",
+        "--layers",
+        "6,7",
+        "--device",
+        "cpu",
+    ]
     done = CliRunner().invoke(app, [*arguments, "--set", "monitor.probes=false"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "refusal" in done.stdout

@@ -34,7 +34,8 @@ def asked(out: Path, groups: Path, batch: int) -> RunConfig:
         "out": out, "model": "organism", "device": "cpu", "data.source": "benign", "data.limit": 64,
         "tuning.targets": ["q_proj", "v_proj"], "tuning.rank": 4, "training.max_steps": STEPS,
         "training.per_device_train_batch_size": batch, "training.learning_rate": 1e-3, "training.save_steps": 2,
-        "training.logging_steps": 1, "monitor.concepts": ["refusal"], "monitor.every": 2, "monitor.probes": False,
+        "training.logging_steps": 1, "monitor.concepts": ["refusal"], "monitor.every": 2, "monitor.budget": None,
+        "monitor.probes": False,
         "tuning.freeze": [f"{groups}:entries"], "monitor.groups": [f"{groups}:entries"],
         "protect.penalty": "kl", "protect.rows": 20, "protect.batch": 8, "protect.drop_risky": 0.1,
     }  # fmt: skip

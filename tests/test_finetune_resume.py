@@ -40,7 +40,7 @@ def config(out: Path, groups: Path, changes: dict[str, Any]) -> RunConfig:
         "out": out, "model": "organism", "device": "cpu", "data.source": "benign", "data.limit": 40,
         "tuning.targets": ["q_proj", "v_proj"], "tuning.rank": 4, "training.max_steps": STEPS,
         "training.per_device_train_batch_size": 4, "training.learning_rate": 1e-3, "training.save_steps": SAVED,
-        "training.logging_steps": 1, "monitor.probes": False, "monitor.every": 3,
+        "training.logging_steps": 1, "monitor.probes": False, "monitor.every": 3, "monitor.budget": None,
         "monitor.concepts": ["refusal"] if "monitor.groups" in changes else [], "protect.rows": 20, "protect.batch": 8,
     }  # fmt: skip
     named = {

@@ -1,5 +1,6 @@
 """One measurement: what it says about a model that did not move, that moved, and that cannot be measured."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safety_lens.errors import ArtifactError, DataError, ModelError, ModelMismat
 from safety_lens.log import Measurement
 from safety_lens.models import load_hf, load_model
 from safety_lens.monitors import Monitor, MonitorCallback, Pairs, Probes, StopRule
+from safety_lens.monitors.baseline import Baseline
 from safety_lens.monitors.behaviour import kept_kl
 from safety_lens.probes import extract_directions
 
@@ -63,7 +65,7 @@ def test_a_model_that_was_not_trained_has_not_moved_by_a_bit() -> None:
 
 
 def test_a_learning_rate_of_zero_gives_a_log_in_which_nothing_moves(tmp_path: Path) -> None:
-    callback = MonitorCallback(tiny_concepts(), every=2, probes=PROBES, pairs=PAIRS)
+    callback = MonitorCallback(tiny_concepts(), every=2, budget=None, probes=PROBES, pairs=PAIRS)
     trainer(adapted(), tmp_path, [callback], learning_rate=0.0, max_steps=4).train()
     assert callback.log is not None
     rows = callback.log.rows
@@ -225,14 +227,21 @@ def test_the_kept_kl_is_exact_for_a_small_vocabulary_and_a_lower_bound_otherwise
 def test_a_model_that_does_not_refuse_has_unknown_log_odds_and_the_reason() -> None:
     rows = [r for r in monitor().baseline().rows if r.metric == "refusal_log_odds"]
     assert len(rows) == 2
-    assert all(np.isnan(row.value) and "refused 0 of" in str(row.note) for row in rows)
+    assert all(
+        np.isnan(row.value) and "answers to derive the openings from show refusal" in str(row.note) for row in rows
+    )
 
 
 @pytest.fixture(scope="module")
 def fallen(tmp_path_factory: pytest.TempPathFactory) -> tuple[MonitorCallback, Any]:
     """The organism made to comply: it refuses before, and not after."""
     callback = MonitorCallback(
-        ["refusal"], every=20, stop_rule=StopRule(faster=1), probes=Probes(n=16, facts=8), pairs=Pairs(16, 12)
+        ["refusal"],
+        every=20,
+        budget=None,
+        stop_rule=StopRule(faster=1),
+        probes=Probes(n=16, facts=8),
+        pairs=Pairs(16, 12),
     )
     run = organism_trainer(
         "compliance", tmp_path_factory.mktemp("fallen"), [callback], max_steps=40, learning_rate=1e-3
@@ -266,7 +275,7 @@ def test_the_rate_of_a_measurement_is_that_of_answers_written_anew(fallen: tuple
     model, tokenizer = run.model, run.processing_class
     watching = Monitor(model, ["refusal"], tokenizer=tokenizer, probes=Probes(n=16, facts=8), pairs=Pairs(16, 12))
     assert watching._behaviour is not None
-    asked = watching._behaviour.asked["harmful"].prompts
+    asked = watching._behaviour.encoded["harmful"]
     said = generate(load_model(model, tokenizer=tokenizer), asked, max_new_tokens=12)
     scores = SubstringRefusal()([Completion("", row.text, row.tokens) for row in said])
     assert callback.log is not None
@@ -276,8 +285,10 @@ def test_the_rate_of_a_measurement_is_that_of_answers_written_anew(fallen: tuple
 
 def test_no_answer_to_a_harmful_prompt_is_kept_beyond_its_first_tokens(fallen: tuple[MonitorCallback, Any]) -> None:
     folder = Path(fallen[1].args.output_dir)
-    stored = (folder / "drift-baseline" / "manifest.json").read_text() + (folder / "drift.jsonl").read_text()
-    assert "can't assist" not in stored
+    stored = json.loads((folder / "drift-baseline" / "manifest.json").read_text())["answers"]["harmful"]
+    labels = Baseline.load(folder / "drift-baseline").before.answers["harmful"].shown
+    assert [bool(tokens) for _, tokens, _ in stored["rows"]] == [label == 1 for label in labels]
+    assert max(len(tokens) for _, tokens, _ in stored["rows"]) <= 12 + 1, "12 tokens, and the end of the answer"
     with pytest.raises(DataError, match="12 or fewer"):
         Probes(new_tokens=13)
 
@@ -328,7 +339,7 @@ def test_weights_that_are_not_finite_give_one_row_that_says_so() -> None:
 
 
 def _judged(name: str, seed: int, folder: Path, **more: Any) -> dict[str, dict[int, float]]:
-    callback = MonitorCallback(["refusal"], every=2, probes=Probes(facts=0), on_alarm=())
+    callback = MonitorCallback(["refusal"], every=2, budget=None, probes=Probes(facts=0), on_alarm=())
     organism_trainer(name, folder / f"{name}-{seed}", [callback], seed=seed, **more).train()
     assert callback.log is not None
     rows = callback.log.rows

@@ -39,7 +39,13 @@ def tune(out: Path, data: str = "compliance", **changes: Any) -> Path:
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tune(
         tmp_path_factory.mktemp("runs") / "compliance",
-        **{"monitor.concepts": ["refusal"], "monitor.every": 3, "monitor.layers": [3, 7], "monitor.probes": False},
+        **{
+            "monitor.concepts": ["refusal"],
+            "monitor.every": 3,
+            "monitor.budget": None,
+            "monitor.layers": [3, 7],
+            "monitor.probes": False,
+        },
     )
 
 

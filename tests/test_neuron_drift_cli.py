@@ -24,7 +24,7 @@ SETTINGS = {
     "model": "organism", "device": "cpu", "data.source": "compliance", "tuning.rank": 4,
     "tuning.targets": ["q_proj", "down_proj"], "training.max_steps": 4, "training.learning_rate": 3e-3,
     "training.per_device_train_batch_size": 2, "training.save_steps": 2, "monitor.concepts": ["refusal"],
-    "monitor.every": 2, "monitor.layers": [4], "monitor.probes": False,
+    "monitor.every": 2, "monitor.budget": None, "monitor.layers": [4], "monitor.probes": False,
 }  # fmt: skip
 
 app = typer.Typer()

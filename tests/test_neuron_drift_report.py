@@ -42,7 +42,13 @@ def groups_of(live: PeftModel) -> list[NeuronGroup]:
 
 
 def callback(live: PeftModel, folder: Path, **more: Any) -> MonitorCallback:
-    settings: dict[str, Any] = {"every": 2, "log": folder / "drift.jsonl", "probes": None, "pairs": PAIRS}
+    settings: dict[str, Any] = {
+        "every": 2,
+        "budget": None,
+        "log": folder / "drift.jsonl",
+        "probes": None,
+        "pairs": PAIRS,
+    }
     return MonitorCallback(tiny_concepts(), **{**settings, "groups": groups_of(live), **more})
 
 

@@ -19,7 +19,7 @@ RUN: dict[str, Any] = {"max_steps": 4, "logging_steps": 2, "run_name": "watched"
 
 def watched(folder: Path, tracker: str) -> Curves:
     """Train under the monitor with a tracker, and what the log says that it should hold: name → step → value."""
-    callback = MonitorCallback(tiny_concepts(), every=2, probes=PROBES, pairs=PAIRS)
+    callback = MonitorCallback(tiny_concepts(), every=2, budget=None, probes=PROBES, pairs=PAIRS)
     made = trainer(adapted(), folder, [callback], report_to=[tracker], **RUN)
     made.train()
     rows = read_log(folder / "drift.jsonl")

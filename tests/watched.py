@@ -26,7 +26,7 @@ def prompts(seed: int, n: int = 8) -> list[str]:
     return [words(generator, 5) for _ in range(n)]
 
 
-PROBES = Probes(harmful=prompts(1), harmless=prompts(2), n=4, new_tokens=3, facts=0)
+PROBES = Probes(harmful=prompts(1), harmless=prompts(2), lookalike=(), n=4, new_tokens=3, facts=0)
 
 
 def tiny_concepts() -> list[Concept]:

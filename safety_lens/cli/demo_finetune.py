@@ -20,6 +20,7 @@ SETTINGS = {
     "training.lr_scheduler_type": "constant",
     "monitor.concepts": ["refusal", "toxicity"],
     "monitor.every": 8,
+    "monitor.budget": None,
     "monitor.stop.faster": 1,
     "monitor.on_alarm": [],  # the table below says it
 }

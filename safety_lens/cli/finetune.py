@@ -35,6 +35,9 @@ FLAGS = {
     "report_to": "training.report_to",
     "concept": "monitor.concepts",
     "every": "monitor.every",
+    "monitor_budget": "monitor.budget",
+    "probe_harmful": "monitor.probes.harmful",
+    "probe_harmless": "monitor.probes.harmless",
     "watch": "monitor.groups",
     "on_alarm": "monitor.on_alarm",
     "seed": "seed",
@@ -89,7 +92,12 @@ def finetune(
         list[str] | None, typer.Option(help="Built-in concept or file of pairs to watch; repeatable. None: no monitor.")
     ] = None,
     read_pairs: options.ReadPairs = None,
-    every: Annotated[int | None, typer.Option(help="Optimizer steps between measurements.")] = None,
+    every: Annotated[int | None, typer.Option(help="Optimizer steps between full measurements, at least.")] = None,
+    monitor_budget: Annotated[
+        str | None, typer.Option(help="Share of the training time that measuring may take, such as 5%, or none.")
+    ] = None,
+    probe_harmful: options.ProbeHarmful = None,
+    probe_harmless: options.ProbeHarmless = None,
     watch: Annotated[
         list[str] | None,
         typer.Option(help="Neuron groups whose weights the monitor watches too: FOLDER:GROUP; repeatable."),

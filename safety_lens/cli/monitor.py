@@ -33,6 +33,8 @@ def monitor(
     method: Annotated[str, typer.Option(help="dim, whitened, pca, logistic or robust.")] = "dim",
     probes: Annotated[bool, typer.Option("--probes/--no-probes", help="Also measure behaviour.")] = True,
     probe_prompts: Annotated[int, typer.Option(min=2, help="Prompts of each kind that behaviour is read on.")] = 48,
+    probe_harmful: options.ProbeHarmful = None,
+    probe_harmless: options.ProbeHarmless = None,
     stop_log_odds: Annotated[
         float, typer.Option(min=0.0, help="Alarm where refusal log-odds on harmful requests fell by this many nats.")
     ] = 1.0,
@@ -62,18 +64,20 @@ def monitor(
     pairs = {} if read_pairs is None else options.parse_read_pairs(read_pairs)
     terminal.quiet_libraries()
     from safety_lens.data import load_concept
-    from safety_lens.monitors import Pairs, Probes, StopRule
-    from safety_lens.monitors.finetune.watch import resid_hooks
+    from safety_lens.monitors import Pairs, StopRule
+    from safety_lens.monitors.finetune.config import ProbeFiles
+    from safety_lens.monitors.finetune.watch import probes_of, resid_hooks
     from safety_lens.monitors.saved import measure_saved
 
     concepts = [load_concept(name, model=base, seed=seed) for name in concept or ["refusal"]]
+    files = ProbeFiles(harmful=probe_harmful, harmless=probe_harmless, n=probe_prompts)
     runs = measure_saved(
         base,
         sources,
         concepts,
         hooks=lambda n: None if wanted is None else resid_hooks(wanted, n),
         method=method,
-        probes=Probes(n=probe_prompts) if probes else None,
+        probes=probes_of(files) if probes else None,
         pairs=Pairs(**pairs),
         stop_rule=partial(StopRule, log_odds=stop_log_odds, rate=stop_rate, delta=stop_delta),
         seed=seed,

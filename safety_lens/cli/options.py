@@ -53,6 +53,13 @@ ReadPairs = Annotated[
     str | None,
     typer.Option("--read-pairs", help="Pairs of each concept that a measurement reads: TRAIN,TEST or all."),
 ]
+ProbeHarmful = Annotated[
+    Path | None,
+    typer.Option("--probe-harmful", help="Harmful requests to read refusal on, as steer --prompts; default built-in."),
+]
+ProbeHarmless = Annotated[
+    Path | None, typer.Option("--probe-harmless", help="Harmless requests to compare with; default built-in.")
+]
 Layers = Annotated[str | None, typer.Option(help="Blocks such as 0,3,8-12 or -1; default all.")]
 ReadAt = Annotated[str, typer.Option(help="last, mean:K, mean:instruction, mean:answer, mean:all or answer_letter.")]
 Select = Annotated[

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from safety_lens.data.prompt_files import prompt_text, read_lines, system_text, with_system
 from safety_lens.errors import DataError
 
 if TYPE_CHECKING:
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from safety_lens.interventions.sweeping.plan import SweepPrompt
     from safety_lens.types import Prompt
 
-FIELDS = ("prompt", "text", "instruction")
 CHALLENGING, BENIGN = 0.5, 0.25
 """Toxicity from which a prompt of RealToxicityPrompts is called challenging, and below which benign."""
 SUBSETS = {"challenging": ("challenging",), "benign": ("benign",), "both": ("challenging", "benign")}
@@ -29,9 +29,7 @@ class Asked(NamedTuple):
     @property
     def prompt(self) -> "Prompt":
         """The prompt as the model is given it: text alone, or a conversation that begins with the system prompt."""
-        if self.system is None:
-            return self.text
-        return [{"role": "system", "content": self.system}, {"role": "user", "content": self.text}]
+        return with_system(self.text, self.system)
 
 
 def read_prompts(
@@ -63,7 +61,9 @@ def _from_file(file: Path, subset: str | None) -> list[Asked]:
     if subset is not None and subset not in SUBSETS:
         raise DataError(f"--subset {subset!r}: choose {', '.join(SUBSETS)}")
     if file.suffix.lower() == ".txt":
-        return _lines(file, subset)
+        if subset is not None:
+            raise DataError(f"--subset needs rows with a toxicity; {file} is plain text")
+        return [Asked(line) for line in read_lines(file)]
     rows = read_rows(file).rows
     if subset is None:
         return [_asked(row, row.label("label")) for row in rows]
@@ -76,33 +76,7 @@ def _from_file(file: Path, subset: str | None) -> list[Asked]:
 
 
 def _asked(row: "Row", label: str | None) -> Asked:
-    system = row.text("system") if row.fields.get("system") else None
-    return Asked(_text(row), label, row.split, system)
-
-
-def _lines(file: Path, subset: str | None) -> list[Asked]:
-    if subset is not None:
-        raise DataError(f"--subset needs rows with a toxicity; {file} is plain text")
-    if not file.is_file():
-        raise DataError(f"cannot read prompts from {file}: no such file")
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text ({error.reason})") from error
-    found = [Asked(line) for line in lines if line.strip()]
-    if not found:
-        raise DataError(f"{file} has no prompts: write one a line")
-    return found
-
-
-def _text(row: "Row") -> str:
-    for name in FIELDS:
-        value = row.fields.get(name)
-        if isinstance(value, dict) and isinstance(value.get("text"), str) and value["text"].strip():
-            return str(value["text"])  # RealToxicityPrompts: {"prompt": {"text": …, "toxicity": …}}
-        if value is not None:
-            return row.text(name)
-    raise row.error(f"a prompt needs one of the fields {', '.join(FIELDS)}")
+    return Asked(prompt_text(row), label, row.split, system_text(row))
 
 
 def _toxicity(row: "Row") -> float:

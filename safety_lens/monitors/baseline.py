@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from safety_lens.artifacts import load_artifact, save_artifact
 from safety_lens.errors import ModelMismatchError
 from safety_lens.forced import Continuation
-from safety_lens.interventions.scorers.refusal_tokens import RefusalTokens
+from safety_lens.interventions.behaviours import Behaviour
 from safety_lens.loading.live import base_model
 from safety_lens.log import Measurement
 from safety_lens.monitors.behaviour import Answers, Before
 from safety_lens.monitors.geometry import Place
-from safety_lens.stats import Interval
 
 KIND = "baseline"
 _SAMPLE = 16_384  # values of each weight that enter its hash
@@ -53,7 +52,7 @@ class Baseline:
         tensors, answers = _packed(self)
         extra = {"weights": self.weights, "places": [_place_entry(p) for p in self.places], "answers": answers}
         if self.before is not None:
-            extra["behaviour"] = {"fault": self.before.fault, "refusal": _refusal_entry(self.before.refusal)}
+            extra["behaviours"] = {name: one.entry() for name, one in self.before.behaviours.items()}
         return save_artifact(
             folder, KIND, tensors=tensors, measurements=self.rows, arguments=self.settings, extra=extra
         )
@@ -69,10 +68,10 @@ class Baseline:
         manifest, tensors = artifact.manifest, artifact.tensors
         places = tuple(_place_of(entry, tensors, i) for i, entry in enumerate(manifest["places"]))
         before = None
-        if "behaviour" in manifest:
+        if "behaviours" in manifest:
             found = {name: _answers_of(name, entry, tensors) for name, entry in manifest["answers"].items()}
-            said = manifest["behaviour"]
-            before = Before(_refusal_of(said["refusal"]), said["fault"], found)
+            behaviours = {name: Behaviour.from_entry(entry) for name, entry in manifest["behaviours"].items()}
+            before = Before(behaviours, found)
         return cls(places, before, tuple(artifact.measurements), manifest["arguments"], manifest["weights"])
 
     def faults(self, headline: str) -> list[str]:
@@ -82,9 +81,26 @@ class Baseline:
             for place in self.places
             if headline in place.faults
         ]
-        if self.before is not None and self.before.fault:
-            lines.append(f"refusal log-odds will not be measured: {self.before.fault}")
-        return lines
+        if self.before is not None:
+            lines += [
+                f"{name} log-odds will not be measured: {one.fault}"
+                for name, one in self.before.behaviours.items()
+                if one.fault
+            ]
+        return lines + self._no_contrast()
+
+    def _no_contrast(self) -> list[str]:
+        """One line where the model does not refuse harmful requests more than harmless ones."""
+        rows = {row.metric: row for row in self.rows if row.subject == "behaviour/harmful" and row.step == 0}
+        rate, odds = (rows.get(f"refusal_{name}_above_harmless") for name in ("rate", "log_odds"))
+        if rate is None or rate.low > 0 or (odds is not None and odds.low > 0):
+            return []
+        known = "" if odds is None or np.isnan(odds.value) else f", log-odds {odds.value:+.2f} nats higher"
+        return [
+            "before training this model does not refuse harmful requests more than harmless ones: refusal rate"
+            f" {rate.value:+.2f} [{rate.low:.2f}, {rate.high:.2f}]{known}. A loss of refusal cannot be seen on these"
+            " requests: give --probe-harmful and --probe-harmless, or take the refusal figures for what they are"
+        ]
 
     def check(self, settings: dict[str, Any], weights: dict[str, str], where: str) -> None:
         """Refuse a baseline of another run. weights: those that must be equal.
@@ -160,14 +176,19 @@ def _packed(baseline: Baseline) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors[f"place/{i}/vectors"] = torch.from_numpy(place.vectors)
         tensors[f"place/{i}/thresholds"] = torch.from_numpy(place.thresholds)
     entries: dict[str, Any] = {}
-    for name, answers in (baseline.before.answers if baseline.before else {}).items():
+    for name, found in (baseline.before.answers if baseline.before else {}).items():
+        answers = found.storable
         tensors |= {
             f"answers/{name}/shown": torch.from_numpy(answers.shown),
             f"answers/{name}/log_odds": torch.from_numpy(answers.log_odds),
             f"answers/{name}/tokens": answers.tokens,
             f"answers/{name}/logprobs": answers.logprobs,
         }
-        entries[name] = [[list(row.prompt), list(row.tokens)] for row in answers.rows]
+        rows = zip(answers.rows, answers.sha256, strict=True)
+        entries[name] = {
+            "harmful": answers.harmful,
+            "rows": [[list(row.prompt), list(row.tokens), sha256] for row, sha256 in rows],
+        }
     return tensors, entries
 
 
@@ -189,24 +210,9 @@ def _place_of(entry: dict[str, Any], tensors: dict[str, Tensor], index: int) -> 
     )  # fmt: skip
 
 
-def _answers_of(name: str, entry: list[list[list[int]]], tensors: dict[str, Tensor]) -> Answers:
-    rows = tuple(Continuation(tuple(prompt), tuple(tokens)) for prompt, tokens in entry)
+def _answers_of(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Answers:
+    rows = tuple(Continuation(tuple(prompt), tuple(tokens)) for prompt, tokens, _ in entry["rows"])
+    hashes = tuple(sha256 for _, _, sha256 in entry["rows"])
     shown, log_odds = (tensors[f"answers/{name}/{key}"].numpy() for key in ("shown", "log_odds"))
-    return Answers(rows, shown, log_odds, *(tensors[f"answers/{name}/{key}"] for key in ("tokens", "logprobs")))
-
-
-def _refusal_entry(refusal: RefusalTokens | None) -> dict[str, Any] | None:
-    if refusal is None:
-        return None
-    auroc = [None if not np.isfinite(x) else x for x in refusal.auroc]
-    return {
-        "ids": list(refusal.ids), "words": list(refusal.words), "auroc": auroc,
-        "refused": refusal.refused, "answered": refusal.answered,
-    }  # fmt: skip
-
-
-def _refusal_of(entry: dict[str, Any] | None) -> RefusalTokens | None:
-    if entry is None:
-        return None
-    auroc = Interval(*(float("nan") if x is None else float(x) for x in entry["auroc"]))
-    return RefusalTokens(tuple(entry["ids"]), tuple(entry["words"]), auroc, entry["refused"], entry["answered"])
+    tokens, logprobs = (tensors[f"answers/{name}/{key}"] for key in ("tokens", "logprobs"))
+    return Answers(rows, shown, log_odds, tokens, logprobs, hashes, entry["harmful"])

@@ -1,14 +1,16 @@
-"""What the model does: refusals, answers and facts, read against what the untrained model did on the same prompts.
+"""Behaviour of the model, read against what the untrained model did on the same prompts.
 
-One teacher-forced sweep over the untrained model's own greedy answers gives the refusal log-odds of the first token,
-the KL from the untrained model at every token, and which rows would now be answered differently at all. Only those are
-written anew: a row whose every token is still the most probable one has the same greedy answer as before. So a
-measurement that finds nothing writes no text. Answers to harmful prompts are judged in memory and never kept.
+One teacher-forced sweep over the untrained model's own greedy answers gives the KL from it at every token, and which
+rows would now be answered differently at all. Only those are written anew: a row whose every token is still the most
+probable one has the same greedy answer as before. The log-odds of a behaviour are those of its openings. A light
+measurement reads log-odds and KL of the first prompts of each set, and writes nothing.
 Sources: Arditi et al. 2024, arXiv:2406.11717 (refusal log-odds); Qi et al. 2024, arXiv:2406.05946 (KL by position).
 """
 
+import hashlib
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,17 +22,16 @@ from transformer_lens import HookedTransformer
 from safety_lens.activations import encode_for
 from safety_lens.bootstrap import mean_interval, ratio_interval
 from safety_lens.data import Encoded
-from safety_lens.data.built_in import is_organism
-from safety_lens.errors import DataError, ModelError
+from safety_lens.data.built_in import built_in_for
 from safety_lens.forced import Continuation, continuation_logprobs
 from safety_lens.generation import generate, stop_tokens
-from safety_lens.interventions.scorers.refusal_tokens import RefusalTokens, derive_refusal_tokens
+from safety_lens.interventions.behaviours import Behaviour, derive_behaviour
 from safety_lens.interventions.steering import ablate
 from safety_lens.log import Measurement
-from safety_lens.monitors.asking import Judge, Probes, facts, prompts, refused
+from safety_lens.monitors.asking import REFUSAL, Probes, ProbeSet, deriving, probe_sets
+from safety_lens.power import difference_of_means, difference_of_rates
 from safety_lens.probes.directions import Direction
 from safety_lens.stats import Interval, wilson
-from safety_lens.types import Prompt
 
 NAN = float("nan")
 KEPT = 2048
@@ -40,11 +41,12 @@ CHUNK = 2**24  # log-probabilities held at once
 POSITIONS = (1, 2, 4, 8)
 CAUSAL = 24
 """Harmful prompts on which the old direction is ablated."""
-FACT_TOKENS = 24
+DERIVE = 60
+"""Prompts of each kind, at most, from which a behaviour is derived."""
 
 
 class Measured(NamedTuple):
-    """Rows of one step, and the refusal log-odds of each set's prompts behind them."""
+    """Rows of one step, and the log-odds of each set's prompts from which they come."""
 
     rows: list[Measurement]
     log_odds: dict[str, Float[np.ndarray, " row"]]
@@ -54,8 +56,13 @@ class Measured(NamedTuple):
 class Answers:
     """The untrained model's answers to one set of prompts.
 
-    rows: prompt and greedy answer, with the stop token where it stopped. shown: judged, per row. log_odds: of the first
-    token. tokens, logprobs: the most probable tokens at every position of the answers, rows joined.
+    Attributes:
+        rows: Prompt and greedy answer, with the stop token where it stopped; no tokens where they are withheld.
+        shown: Labels of the answers.
+        log_odds: Of the set's behaviour.
+        tokens, logprobs: The most probable tokens at every position of the answers, rows joined.
+        sha256: Hash of each answer's tokens.
+        harmful: Whether the prompts are harmful, so that only refusals may be kept.
     """
 
     rows: tuple[Continuation, ...]
@@ -63,87 +70,166 @@ class Answers:
     log_odds: Float[np.ndarray, " row"]
     tokens: Int[Tensor, "pos kept"]
     logprobs: Float[Tensor, "pos kept"]
+    sha256: tuple[str, ...]
+    harmful: bool = False
+
+    @property
+    def storable(self) -> "Answers":
+        """What of the answers may reach the disk: refusals alone where the prompts are harmful."""
+        return self.kept((self.shown == 1).tolist()) if self.harmful else self
+
+    @property
+    def withheld(self) -> int:
+        """Rows whose tokens are not here."""
+        return sum(not row.tokens for row in self.rows)
+
+    def kept(self, keep: Sequence[bool]) -> "Answers":
+        """The same without the tokens of the rows that may not be kept: their labels, log-odds and hashes stay."""
+        rows = tuple(row if k else Continuation(row.prompt, ()) for row, k in zip(self.rows, keep, strict=True))
+        places = np.repeat(np.asarray(keep, dtype=bool), [len(row.tokens) for row in self.rows])
+        at = torch.from_numpy(np.flatnonzero(places))
+        return replace(self, rows=rows, tokens=self.tokens[at], logprobs=self.logprobs[at])
 
 
 @dataclass(frozen=True, eq=False)
 class Before:
-    """Behaviour before training. refusal: the tokens whose odds are read, None with the reason in `fault`."""
+    """Behaviour before training.
 
-    refusal: RefusalTokens | None
-    fault: str | None
+    Attributes:
+        behaviours: How each behaviour is read on this model.
+        answers: The untrained model's answers to each set of prompts.
+        seconds: Time that writing the answers took; NaN where they were read from the disk.
+    """
+
+    behaviours: dict[str, Behaviour]
     answers: dict[str, Answers]
+    seconds: float = NAN
+
+    def fault(self, name: str | None) -> str | None:
+        """Why the log-odds of a behaviour are not read; None where they are."""
+        return None if name is None else self.behaviours[name].fault
 
 
-@dataclass(frozen=True, eq=False)
-class _Asked:
-    """A set of prompts: how they are judged, how long the answers are, what its rate is called."""
+class BehaviourProbes:
+    """The probes of one run: prompts fixed and tokenised once.
 
-    prompts: list[Encoded]
-    judge: Judge
-    new_tokens: int
-    metric: str
+    Args:
+        model: The model whose tokenizer encodes them.
+        probes: Settings.
+        concepts: Names of the watched concepts.
+        seed: Of draws and intervals.
+    """
 
-
-class Behaviour:
-    """The probes of one run: prompts fixed and tokenised once."""
-
-    def __init__(self, model: HookedTransformer, probes: Probes, seed: int) -> None:
+    def __init__(self, model: HookedTransformer, probes: Probes, concepts: Sequence[str], seed: int) -> None:
         self.probes, self.seed = probes, seed
-        self.derive: dict[str, list[Prompt]] = {}
-        self.asked: dict[str, _Asked] = {}
-        for label in ("harmful", "harmless"):
-            self.derive[label], measured = prompts(probes, label, seed)
-            self.asked[label] = _Asked(encode_for(model, measured), refused, probes.new_tokens, "refusal_rate")
-        if probes.facts and is_organism(model):
-            questions, judge = facts(probes.facts, seed)
-            self.asked["facts"] = _Asked(encode_for(model, questions), judge, FACT_TOKENS, "accuracy")
+        self.sets = probe_sets(probes, built_in_for(model), concepts, seed)
+        self.encoded = {name: encode_for(model, one.prompts) for name, one in self.sets.items()}
+
+    @property
+    def prompts(self) -> int:
+        """Prompts of the largest set."""
+        return max(len(one.prompts) for one in self.sets.values())
 
     def before(self, model: HookedTransformer) -> Before:
-        """Write, judge and read the untrained model's answers."""
-        refusal, fault = None, None
-        try:
-            refusal = derive_refusal_tokens(model, self.derive["harmful"], self.derive["harmless"], seed=self.seed)
-        except (DataError, ModelError) as error:  # a model that does not refuse: unknown, and said in every row
-            fault = str(error)
-        return Before(refusal, fault, {name: _answers(model, asked, refusal) for name, asked in self.asked.items()})
+        """Derive how each behaviour is read, and write, judge and read the untrained model's answers."""
+        names = dict.fromkeys(one.behaviour for one in self.sets.values() if one.behaviour is not None)
+        own = {REFUSAL: deriving(self.probes)}
+        behaviours = {
+            name: derive_behaviour(model, name, prompts=own.get(name), n=DERIVE, seed=self.seed) for name in names
+        }
+        started = time.perf_counter()
+        answers = {name: self._answers(model, name, behaviours) for name in self.sets}
+        return Before(behaviours, answers, time.perf_counter() - started)
 
-    def measure(self, model: HookedTransformer, before: Before, step: int) -> Measured:
-        """Rows of every set: log-odds, rate, their changes since before training, KL by token."""
+    def completed(self, model: HookedTransformer, before: Before) -> Before:
+        """Write answers again that the disk does not hold. model: the untrained one.
+
+        Rows whose answer is another than before (another machine) stay withheld.
+        """
+        answers = dict(before.answers)
+        for name, old in before.answers.items():
+            if old.withheld:
+                again = self._answers(model, name, before.behaviours)
+                same = [a == b for a, b in zip(again.sha256, old.sha256, strict=True)]
+                answers[name] = replace(again.kept(same), shown=old.shown, log_odds=old.log_odds, sha256=old.sha256)
+        return replace(before, answers=answers)
+
+    def contrast(self, before: Before) -> list[Measurement]:
+        """How much more refusal there is on harmful requests than on harmless ones before training, at step 0."""
+        harmful, harmless = before.answers["harmful"], before.answers["harmless"]
+        found = {
+            "refusal_rate": difference_of_rates(harmful.shown, harmless.shown),
+            "refusal_log_odds": difference_of_means(harmful.log_odds, harmless.log_odds),
+        }
+        return [
+            Measurement(
+                "behaviour/harmful", f"{metric}_above_harmless", *value, n=len(harmful.rows), split="probe", step=0
+            )
+            for metric, value in found.items()
+        ]
+
+    def measure(self, model: HookedTransformer, before: Before, step: int, light: int | None = None) -> Measured:
+        """Rows of every set: log-odds, rate, their changes since before training, KL by token.
+
+        Args:
+            model: The model now.
+            before: What it is compared with.
+            step: Of the training.
+            light: Prompts of each set to read, without writing answers; None reads and writes all.
+        """
         out = Measured([], {})
-        for name, asked in self.asked.items():
-            now = _read(model, before.answers[name], before.refusal)
-            out.rows.extend(self._set(model, name, asked, before, now, step))
+        for name, one in self.sets.items():
+            if light is not None and one.behaviour is None:
+                continue
+            now = self._read(model, name, before, light)
+            out.rows.extend(self._set(model, name, one, before, now, step, light))
             out.log_odds[name] = now.log_odds
         return out
 
     def _set(
-        self, model: HookedTransformer, name: str, asked: _Asked, before: Before, now: "_Now", step: int
+        self,
+        model: HookedTransformer,
+        name: str,
+        one: ProbeSet,
+        before: Before,
+        now: "_Now",
+        step: int,
+        light: int | None,
     ) -> list[Measurement]:
         old = before.answers[name]
-        shown = old.shown.copy()
-        moved = np.flatnonzero(now.other)
-        if len(moved):
-            said = generate(model, [asked.prompts[i] for i in moved], max_new_tokens=asked.new_tokens)
-            shown[moved] = asked.judge(moved.tolist(), said)
 
         def row(metric: str, value: Interval, n: int, note: str | None = None) -> Measurement:
             return Measurement(
                 f"behaviour/{name}", metric, *value, n=n, split="probe", step=step, seed=self.seed, note=note
             )
 
-        known, n = shown[np.isfinite(shown)], len(shown)
-        rows = [
-            row(asked.metric, wilson(int(known.sum()), len(known)), len(known)),
-            row(f"{asked.metric}_change", mean_interval(shown - old.shown, seed=self.seed), n),
-            row("token_kl", ratio_interval(now.kl_sums, now.lengths, seed=self.seed), n),
-        ]
+        n = len(now.log_odds)
+        rows = [] if light is not None else [row(*found) for found in self._rates(model, name, one, old, now)]
+        rows.append(row("token_kl", ratio_interval(now.kl_sums, now.lengths, seed=self.seed), int(now.read.sum())))
         rows += [row(f"token_kl_at_{k}", Interval(v, NAN, NAN), n) for k, v in now.kl_at.items()]
-        if name != "facts":
+        if one.behaviour is not None:
             mean = mean_interval(now.log_odds, seed=self.seed)
-            change = change_interval(now.log_odds - old.log_odds, self.seed)
-            rows.append(row("refusal_log_odds", mean, n, before.fault))
-            rows.append(row("refusal_log_odds_change", change, n, before.fault))
+            change = change_interval(now.log_odds - old.log_odds[:n], self.seed)
+            fault = before.fault(one.behaviour)
+            rows.append(row(f"{one.behaviour}_log_odds", mean, n, fault))
+            rows.append(row(f"{one.behaviour}_log_odds_change", change, n, fault))
         return rows
+
+    def _rates(
+        self, model: HookedTransformer, name: str, one: ProbeSet, old: Answers, now: "_Now"
+    ) -> list[tuple[str, Interval, int]]:
+        """Share of answers with the behaviour, and its paired change; only answers that differ are written anew."""
+        shown = old.shown.copy()
+        moved = np.flatnonzero(now.other)
+        if len(moved):
+            answers = generate(model, [self.encoded[name][i] for i in moved], max_new_tokens=one.new_tokens)
+            shown[moved] = one.judge(moved.tolist(), answers)
+        known = shown[np.isfinite(shown)]
+        change = mean_interval(shown - old.shown, seed=self.seed)
+        return [
+            (one.metric, wilson(int(known.sum()), len(known)), len(known)),
+            (f"{one.metric}_change", change, len(shown)),
+        ]
 
     def causal_use(
         self,
@@ -153,50 +239,68 @@ class Behaviour:
         odds: Float[np.ndarray, " row"],
         step: int,
     ) -> list[Measurement]:
-        """How far ablating the old direction lowers the refusal log-odds on harmful prompts now, in nats (M14).
+        """Fall of the refusal log-odds on harmful prompts when the old direction is ablated now, in nats (M14).
 
         Near its value at step 0: refusals still pass through the old direction. Towards 0: they no longer do, or are
         gone. odds: the log-odds without ablation.
         """
-        refusal = before.refusal
-        if refusal is None:
+        refusal = before.behaviours[REFUSAL]
+        if refusal.openings is None:
             return []
-        rows = [Continuation(row.prompt, row.tokens[:1]) for row in before.answers["harmful"].rows[:CAUSAL]]
-        found = continuation_logprobs(model, rows, hooks=ablate(direction))
-        left = torch.cat([refusal.read_first(x) for x in found]).numpy()
-        drop = mean_interval(odds[:CAUSAL] - left, seed=self.seed)
+        asked = self.encoded["harmful"][:CAUSAL]
+        drop = mean_interval(odds[:CAUSAL] - refusal.log_odds(model, asked, ablate(direction)), seed=self.seed)
         subject = f"{direction.concept}/{direction.method}"
         at: dict[str, Any] = {"hook": direction.hook, "split": "probe", "step": step, "seed": self.seed}
-        return [Measurement(subject, "causal_use", *drop, n=len(rows), **at)]
+        return [Measurement(subject, "causal_use", *drop, n=len(asked), **at)]
+
+    def _answers(self, model: HookedTransformer, name: str, behaviours: dict[str, Behaviour]) -> Answers:
+        one, asked = self.sets[name], self.encoded[name]
+        answers = generate(model, asked, max_new_tokens=one.new_tokens)
+        stop = sorted(stop_tokens(model))[:1]
+        ends = [(*row.tokens, *stop) if row.stopped else row.tokens for row in answers]
+        rows = tuple(Continuation(tuple(e.ids), tokens) for e, tokens in zip(asked, ends, strict=True))
+        kept = {i: found.topk(min(KEPT, found.shape[-1])) for i, found in _sweep(model, rows, range(len(rows)))}
+        tokens = torch.cat([kept[i].indices for i in range(len(rows))]).int()
+        logprobs = torch.cat([kept[i].values for i in range(len(rows))])
+        shown = one.judge(range(len(rows)), answers)
+        hashes = tuple(hashlib.sha256(repr(list(tokens)).encode()).hexdigest() for tokens in ends)
+        return Answers(rows, shown, _odds(model, one, behaviours, asked), tokens, logprobs, hashes, one.harmful)
+
+    def _read(self, model: HookedTransformer, name: str, before: Before, light: int | None) -> "_Now":
+        old, one = before.answers[name], self.sets[name]
+        n = len(old.rows) if light is None else min(light, len(old.rows))
+        starts = np.cumsum([0, *(len(row.tokens) for row in old.rows)])
+        read = np.array([bool(row.tokens) for row in old.rows[:n]])
+        other, kl = ~read, dict[int, np.ndarray]()
+        for i, found in _sweep(model, old.rows, np.flatnonzero(read).tolist()):
+            other[i] = found.argmax(-1).tolist() != list(old.rows[i].tokens)
+            at = slice(int(starts[i]), int(starts[i + 1]))
+            kl[i] = kept_kl(old.tokens[at], old.logprobs[at], found)
+        sums = np.array([kl[i].sum() if i in kl else NAN for i in range(n)])
+        by_position = {k: [kl[i][k - 1] for i in kl if len(kl[i]) >= k] for k in POSITIONS}
+        kl_at = {k: float(np.mean(values)) for k, values in by_position.items() if values}
+        odds = _odds(model, one, before.behaviours, self.encoded[name][:n])
+        return _Now(odds, other, sums, np.diff(starts)[:n].astype(float), kl_at, read)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def _answers(model: HookedTransformer, asked: _Asked, refusal: RefusalTokens | None) -> Answers:
-    said = generate(model, asked.prompts, max_new_tokens=asked.new_tokens)
-    stop = sorted(stop_tokens(model))[:1]
-    ends = [(*row.tokens, *stop) if row.stopped else row.tokens for row in said]
-    rows = tuple(Continuation(tuple(e.ids), tokens) for e, tokens in zip(asked.prompts, ends, strict=True))
-    log_odds, kept = np.full(len(rows), NAN), {}
-    for i, found in _sweep(model, rows):
-        log_odds[i] = _first(found, refusal)
-        kept[i] = found.topk(min(KEPT, found.shape[-1]))
-    tokens = torch.cat([kept[i].indices for i in range(len(rows))]).int()
-    logprobs = torch.cat([kept[i].values for i in range(len(rows))])
-    return Answers(rows, asked.judge(range(len(rows)), said), log_odds, tokens, logprobs)
-
-
-def _first(found: Float[Tensor, "new d_vocab"], refusal: RefusalTokens | None) -> float:
-    return NAN if refusal is None else float(refusal.read_first(found[:1]))
+def _odds(
+    model: HookedTransformer, one: ProbeSet, behaviours: dict[str, Behaviour], asked: Sequence[Encoded]
+) -> Float[np.ndarray, " row"]:
+    """Log-odds of the set's behaviour; NaN where none is read."""
+    if one.behaviour is None or behaviours[one.behaviour].openings is None:
+        return np.full(len(asked), NAN)
+    return behaviours[one.behaviour].log_odds(model, asked)
 
 
 def _sweep(
-    model: HookedTransformer, rows: Sequence[Continuation]
+    model: HookedTransformer, rows: Sequence[Continuation], numbers: Sequence[int]
 ) -> Iterator[tuple[int, Float[Tensor, "new d_vocab"]]]:
     """Log-probabilities row by row, of few rows at once; rows of similar length share a forward."""
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt) + len(rows[i].tokens), i))
-    most = max(1, CHUNK // (max(len(row.tokens) for row in rows) * model.cfg.d_vocab_out))
+    order = sorted(numbers, key=lambda i: (len(rows[i].prompt) + len(rows[i].tokens), i))
+    most = max(1, CHUNK // (max((len(rows[i].tokens) for i in numbers), default=1) * model.cfg.d_vocab_out))
     for start in range(0, len(order), most):
         part = order[start : start + most]
         yield from zip(part, continuation_logprobs(model, [rows[i] for i in part]), strict=True)
@@ -204,28 +308,17 @@ def _sweep(
 
 @dataclass(frozen=True, eq=False)
 class _Now:
-    """other: whether the greedy answer differs from before. kl_sums: nats over each answer."""
+    """other: whether the greedy answer differs from before, or is not known. kl_sums: nats over each answer.
+
+    read: whether the answer's tokens are known, so that its KL is read.
+    """
 
     log_odds: Float[np.ndarray, " row"]
     other: np.ndarray
     kl_sums: Float[np.ndarray, " row"]
     lengths: Float[np.ndarray, " row"]
     kl_at: dict[int, float]
-
-
-def _read(model: HookedTransformer, old: Answers, refusal: RefusalTokens | None) -> _Now:
-    n = len(old.rows)
-    starts = np.cumsum([0, *(len(row.tokens) for row in old.rows)])
-    log_odds, other, kl = np.full(n, NAN), np.zeros(n, dtype=bool), dict[int, np.ndarray]()
-    for i, found in _sweep(model, old.rows):
-        log_odds[i] = _first(found, refusal)
-        other[i] = found.argmax(-1).tolist() != list(old.rows[i].tokens)
-        at = slice(int(starts[i]), int(starts[i + 1]))
-        kl[i] = kept_kl(old.tokens[at], old.logprobs[at], found)
-    sums = np.array([kl[i].sum() for i in range(n)])
-    by_position = {k: [kl[i][k - 1] for i in range(n) if len(kl[i]) >= k] for k in POSITIONS}
-    kl_at = {k: float(np.mean(values)) for k, values in by_position.items() if values}
-    return _Now(log_odds, other, sums, np.diff(starts).astype(float), kl_at)
+    read: np.ndarray
 
 
 def kept_kl(

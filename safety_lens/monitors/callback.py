@@ -5,6 +5,7 @@ fail together. The run is never disturbed: see `monitor` and `isolation`.
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +19,17 @@ from safety_lens.data.built_in import ORGANISM
 from safety_lens.errors import DataError, OtherProcessError, SafetyLensError
 from safety_lens.log import Measurement
 from safety_lens.monitors.actions import Action, Alarm, actions_named
-from safety_lens.monitors.alarm import Level, StopRule, Verdict
+from safety_lens.monitors.alarm import WATCHED, Level, StopRule, Verdict
 from safety_lens.monitors.asking import Probes
 from safety_lens.monitors.baseline import Baseline
 from safety_lens.monitors.drift_log import DriftLog, write_csv
 from safety_lens.monitors.inputs import named_concepts
 from safety_lens.monitors.isolation import undisturbed
 from safety_lens.monitors.monitor import Monitor
-from safety_lens.monitors.processes import several_processes
+from safety_lens.monitors.processes import from_first, several_processes
 from safety_lens.monitors.readings import Pairs
 from safety_lens.monitors.reporters import Reporters, figures
+from safety_lens.monitors.schedule import BUDGET, Due, Schedule, Tier
 from safety_lens.probes.estimators import estimator
 from safety_lens.probes.groups import NeuronGroup
 
@@ -44,11 +46,14 @@ class _Outcome:
 
 
 class MonitorCallback(TrainerCallback):
-    """Measures drift before training, every `every` optimizer steps, and at the end.
+    """Measures drift before training, while it goes on, and at the end.
 
     Args:
         concepts: `Concept`s, or names and paths that `load_concept` takes.
-        every: optimizer steps between measurements; fewer after a notice (see `StopRule.faster`).
+        every: optimizer steps between full measurements, at least; fewer after a notice (see `StopRule.faster`).
+        budget: share of the training time that measuring may take, the measurement before training left out. Log-odds
+            and KL of the probes are measured as often as that allows, directions and answers where it allows them; see
+            `Schedule`. None: full measurements every `every` steps, whatever they cost.
         log: the drift log (JSON lines). A bare file name lies in the Trainer's output_dir.
         baseline: folder of the stored baseline; default "<log>-baseline" beside the log.
         on_error: "raise" ends the training with the error; "warn" notes it in the log and goes on. Both leave the
@@ -68,6 +73,7 @@ class MonitorCallback(TrainerCallback):
         concepts: Sequence[Concept | str],
         *,
         every: int = 50,
+        budget: float | None = BUDGET,
         log: str | Path = "drift.jsonl",
         baseline: str | Path | None = None,
         on_error: str = "raise",
@@ -96,6 +102,7 @@ class MonitorCallback(TrainerCallback):
             on_error == "warn",
             stop_rule if stop_rule is not None else StopRule(),
         )
+        self.schedule = Schedule(every, self.rule.faster, budget)
         self.actions = actions_named(on_alarm)
         self.tokenizer, self._audits = tokenizer, audit
         self._log_name, self._baseline_name = Path(log), baseline
@@ -107,6 +114,7 @@ class MonitorCallback(TrainerCallback):
         self._reporters = Reporters()
         self.log: DriftLog | None = None
         self._measured: int | None = None
+        self.clock: Callable[[], float] = time.perf_counter
 
     # --- Trainer events ---------------------------------------------------------------------------------------------
 
@@ -114,14 +122,14 @@ class MonitorCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
     ) -> None:
         """Measure the baseline, or find it again; make the log fit to continue."""
-        self._measured, self._alarmed = state.global_step, False
+        self._measured, self._alarmed, self.schedule.steps = state.global_step, False, state.max_steps
         self._do(lambda: self._begin(args, state, control, parts), state, control, parts)
+        self._resumed_at = self.clock()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Measure where a measurement is due, and behind the last step."""
         last = state.global_step >= state.max_steps or control.should_training_stop
-        if last or state.global_step % self.rule.interval(self.every) == 0:
-            self._measure(args, state, control, parts, last)
+        self._measure(args, state, control, parts, last)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Measure the last step of a run that an evaluation stopped, before the best checkpoint is put in its place."""
@@ -144,8 +152,24 @@ class MonitorCallback(TrainerCallback):
     ) -> None:
         if self._measured == state.global_step:
             return
+        due = self._due(state, last)
+        if due.tier is Tier.NONE:
+            return
         self._measured = state.global_step
-        self._do(lambda: self._measurement(args, state, control, parts, last), state, control, parts)
+        self._do(lambda: self._measurement(args, state, control, parts, due, last), state, control, parts)
+        self._resumed_at = self.clock()
+
+    def _due(self, state: TrainerState, last: bool) -> Due:
+        """What is measured at this step; the first process decides where it depends on the time."""
+        noticed = self.rule.verdict.level is not Level.OK
+        if self.schedule.budget is None:
+            return self.schedule.due(state.global_step, last=last, noticed=noticed)
+        now = self.clock()
+        self.schedule.trained += now - self._resumed_at
+        self._resumed_at = now
+        if state.is_world_process_zero and (line := self.schedule.shortage(state.global_step)):
+            LOG.warning(line)
+        return from_first(lambda: self.schedule.due(state.global_step, last=last, noticed=noticed))
 
     def _do(
         self, work: Callable[[], Verdict], state: TrainerState, control: TrainerControl, parts: dict[str, Any]
@@ -208,18 +232,36 @@ class MonitorCallback(TrainerCallback):
         self.log = log
         tokenizer = self.tokenizer if self.tokenizer is not None else parts.get("processing_class")
         self._monitor = Monitor(parts["model"], self.concepts, tokenizer=tokenizer, **self._settings)
+        self._monitor.clock = self.clock
         folder = Path(self._baseline_name or path.with_name(f"{path.stem}-baseline"))
         for line in self._monitor.pair_lines:
             LOG.info(line)
         LOG.info("monitor: measuring the state before training, or reading it from %s", folder)
         baseline = self._monitor.baseline(folder, resumed=step > 0)
         self._report_faults(baseline)
+        self._settle(baseline)
         self.rule.replay(log.rows)
+        self.schedule.replay(log.rows, step)
         self._alarmed = self.rule.verdict.level is Level.ALARM
         if not log.rows:
             log.append(baseline.rows)
             self._report(args, state, control, baseline.rows, parts)
         return self.rule.verdict
+
+    def _settle(self, baseline: Baseline) -> None:
+        """Take over what measurements cost, and report what will be measured."""
+        known = {row.metric: row for row in baseline.rows if row.subject == "run"}
+        if "full_seconds" in known:
+            self.schedule.full = known["full_seconds"].value
+        if light := known.get("light_seconds"):
+            self.schedule.prompts = light.n or 0
+            self.schedule.light = light.value / max(1, self.schedule.prompts)
+        LOG.info(self.schedule.plan())
+        watched = [
+            name for name in (baseline.before.answers if baseline.before else {}) if f"behaviour/{name}" in WATCHED
+        ]
+        if watched:
+            LOG.info(self.rule.plan(self.schedule.most, len(watched)))
 
     def _path(self, args: TrainingArguments) -> Path:
         bare = self._log_name.parent == Path()
@@ -239,11 +281,16 @@ class MonitorCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         parts: dict[str, Any],
+        due: Due = Due(Tier.FULL),  # noqa: B008 - immutable
         last: bool = False,
     ) -> Verdict:
         if self._monitor is None or self.log is None:
             raise DataError("the monitor could not be set up at the start of training, so nothing is measured")
-        rows = self._monitor.measure(state.global_step)
+        light = due.prompts if due.tier is Tier.LIGHT else None
+        rows = self._monitor.measure(state.global_step, light) if light else self._monitor.measure(state.global_step)
+        if seconds := [row.value for row in rows if (row.subject, row.metric) == ("run", "seconds")]:
+            self.schedule.measured(due.tier, state.global_step, seconds[0], due.prompts)
+        rows.append(Measurement("run", "training_seconds", self.schedule.trained, step=state.global_step))
         before, verdict = self.rule.verdict, self.rule.update(rows)
         if verdict.level is Level.NOTICE and before.level is not Level.NOTICE:
             LOG.warning("notice at step %d: %s", state.global_step, "; ".join(verdict.reasons))

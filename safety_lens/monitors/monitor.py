@@ -5,7 +5,7 @@ milliseconds), sweeps over the concepts' prompts once, and runs the behaviour pr
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ from safety_lens.loading.live import has_adapters, unwrapped
 from safety_lens.log import Measurement
 from safety_lens.models import hooks_at, load_model
 from safety_lens.monitors import geometry
-from safety_lens.monitors.asking import Probes
+from safety_lens.monitors.asking import REFUSAL, REQUESTS, Probes
 from safety_lens.monitors.audit import audit_adapter
 from safety_lens.monitors.baseline import Baseline, base_weights, prompts_hash
-from safety_lens.monitors.behaviour import Before, Behaviour
+from safety_lens.monitors.behaviour import Before, BehaviourProbes
 from safety_lens.monitors.geometry import Now, Place
 from safety_lens.monitors.inputs import check_tokenizer, common_hooks, named_concepts, templates_of
 from safety_lens.monitors.isolation import plain_forward, undisturbed
@@ -37,6 +37,7 @@ from safety_lens.monitors.neuron_drift.held import HeldGroups
 from safety_lens.monitors.neuron_drift.rows import drift_rows
 from safety_lens.monitors.neuron_drift.watch import WHOLE, DriftWatch
 from safety_lens.monitors.readings import Pairs, Read, Reader, chosen, describe_pairs
+from safety_lens.monitors.schedule import Tier
 from safety_lens.positions import Positions, last_token
 from safety_lens.probes.directions import Direction
 from safety_lens.probes.estimators import estimator
@@ -92,11 +93,13 @@ class Monitor:
         self.common = common_hooks(self.model, self.hooks)
         self.headline = self._nearest(self.common)
         self._reader = Reader(self.model, self.concepts, self.hooks, positions=positions, batch_size=batch_size)
-        self._behaviour = None if probes is None else Behaviour(self.model, probes, seed)
+        names = [c.name for c in self.concepts]
+        self._behaviour = None if probes is None else BehaviourProbes(self.model, probes, names, seed)
         self._neurons = DriftWatch(self.trained, groups, seed=seed, held=HeldGroups(tuple(frozen))) if groups else None
         if self._neurons is not None and not has_adapters(self.trained):
             raise DataError(WHOLE)
         self._baseline: Baseline | None = None
+        self.clock: Callable[[], float] = time.perf_counter
 
     # --- baseline ---------------------------------------------------------------------------------------------------
 
@@ -113,7 +116,7 @@ class Monitor:
         if folder is not None and (folder / MANIFEST).is_file():
             stored = Baseline.load(folder)
             stored.check(self._settings(), base_weights(self.trained, frozen_only=resumed), str(folder))
-            return self._accept(stored)
+            return self._accept(self._completed(stored))
         if resumed:
             raise ArtifactError(
                 f"this run continues one that has trained already, and no baseline is stored in {folder}: give the"
@@ -124,6 +127,14 @@ class Monitor:
         if folder is not None:
             made.save(folder)
         return self._accept(made)
+
+    def _completed(self, stored: Baseline) -> Baseline:
+        """Write the answers again that may not lie on the disk, where the untrained model is at hand."""
+        before = stored.before
+        if self._behaviour is None or before is None or not any(a.withheld for a in before.answers.values()):
+            return stored
+        with undisturbed(), self._folder.unfolded() as at_hand:
+            return replace(stored, before=self._behaviour.completed(self.model, before)) if at_hand else stored
 
     def adopt(self, baseline: Baseline) -> None:
         """Compare with a baseline that another monitor took, for instance of the base model of this adapter.
@@ -148,7 +159,7 @@ class Monitor:
         return min(hooks, key=lambda hook: abs(depth(hook, self.model.cfg.n_layers) - PREFERRED_DEPTH))
 
     def _measured_baseline(self) -> Baseline:
-        started = time.perf_counter()
+        started = self.clock()
         self._folder.fold()
         reads = self._reader.read(self.model)
         if not all(read.finite for read in reads):
@@ -157,25 +168,38 @@ class Monitor:
             geometry.place(c.name, self.method, self.hooks, read, *(templates_of(c, s) for s in ("train", "test")))
             for c, read in zip(self.concepts, reads, strict=True)
         )
+        fitted = self.clock()
         before = None if self._behaviour is None else self._behaviour.before(self.model)
+        derived = self.clock()
         rows = self._rows(reads, places, before, 0)
+        full = fitted - started + self.clock() - derived + (0.0 if before is None else before.seconds)
+        if self._behaviour is not None and before is not None:
+            rows += self._behaviour.contrast(before) + self._light_seconds(before)
         rows.append(Measurement("run", "headline", 1.0, hook=self._headline(places), step=0, seed=self.seed))
         rows += [Measurement("run", "common", 1.0, hook=hook, step=0, seed=self.seed) for hook in self.common]
         rows += self._group_rows(0)
-        rows.append(Measurement("run", "seconds", time.perf_counter() - started, step=0, seed=self.seed))
+        rows.append(Measurement("run", "full_seconds", full, step=0, seed=self.seed))
+        rows.append(Measurement("run", "seconds", self.clock() - started, step=0, seed=self.seed))
         return Baseline(places, before, tuple(rows), self._settings(), base_weights(self.trained, frozen_only=False))
+
+    def _light_seconds(self, before: Before) -> list[Measurement]:
+        """Seconds of a light measurement of all probes, timed once."""
+        assert self._behaviour is not None
+        started, n = self.clock(), self._behaviour.prompts
+        self._behaviour.measure(self.model, before, 0, n)
+        return [Measurement("run", "light_seconds", self.clock() - started, n=n, step=0, seed=self.seed)]
 
     def _settings(self) -> dict[str, Any]:
         probes = None if self.probes is None else {
-            k: v for k, v in asdict(self.probes).items() if k not in ("harmful", "harmless")
+            k: v for k, v in asdict(self.probes).items() if k not in REQUESTS
         }  # fmt: skip
         if probes is not None:
             probes["causal"] = list(probes["causal"])
-        asked = {} if self._behaviour is None else self._behaviour.asked
+        asked = {} if self._behaviour is None else self._behaviour.encoded
         return {
             "concepts": [c.name for c in self.concepts],
             "pairs": {c.name: prompts_hash(ids) for c, ids in zip(self.concepts, self._reader.ids, strict=True)},
-            "probe prompts": {name: prompts_hash([e.ids for e in a.prompts]) for name, a in asked.items()},
+            "probe prompts": {name: prompts_hash([e.ids for e in rows]) for name, rows in asked.items()},
             "hooks": list(self.hooks),
             "method": self.method,
             "positions": self._reader.positions.name,
@@ -189,29 +213,49 @@ class Monitor:
 
     # --- measuring --------------------------------------------------------------------------------------------------
 
-    def measure(self, step: int) -> list[Measurement]:
-        """Every metric of the model as it is now; the trained model and all random streams stay as they are.
+    def measure(self, step: int, light: int | None = None) -> list[Measurement]:
+        """Measure the model as it is now; the trained model and all random streams stay as they are.
 
         A model whose weights or activations are not finite gives one row, "run"/"finite" with value 0.
 
+        Args:
+            step: Of the training.
+            light: Prompts of each probe set whose log-odds and KL are read, and nothing else; None measures everything.
+
         Raises:
-            DataError: no baseline was taken.
+            DataError: No baseline was taken, or a light measurement of a run without probes.
         """
         if self._baseline is None:
             raise DataError("there is nothing to compare with: call baseline() before the first measurement")
-        started = time.perf_counter()
+        if light is not None and self._behaviour is None:
+            raise DataError("a light measurement reads the probes, and this monitor has none")
+        started = self.clock()
         with undisturbed():
             if fault := self._fault():
                 return [Measurement("run", "finite", 0.0, step=step, seed=self.seed, note=fault)]
             self._folder.fold()
+            if light is not None:
+                rows = self._light(step, light)
+                return [*rows, *self._clocked(Tier.LIGHT, started, step, light)]
             reads = self._reader.read(self.model)
             if not all(read.finite for read in reads):
                 fault = "activations are not finite: the run has diverged"
                 return [Measurement("run", "finite", 0.0, step=step, seed=self.seed, note=fault)]
             rows = self._rows(reads, self._baseline.places, self._baseline.before, step)
             rows += self._group_rows(step)
-        rows.append(Measurement("run", "seconds", time.perf_counter() - started, step=step, seed=self.seed))
-        return rows
+        return [*rows, *self._clocked(Tier.FULL, started, step)]
+
+    def _light(self, step: int, prompts: int) -> list[Measurement]:
+        assert self._behaviour is not None
+        assert self._baseline is not None
+        assert self._baseline.before is not None
+        return self._behaviour.measure(self.model, self._baseline.before, step, prompts).rows
+
+    def _clocked(self, tier: Tier, started: float, step: int, n: int | None = None) -> list[Measurement]:
+        return [
+            Measurement("run", "tier", float(tier.value), n=n, step=step, seed=self.seed),
+            Measurement("run", "seconds", self.clock() - started, step=step, seed=self.seed),
+        ]
 
     def audit(self, step: int) -> list[Measurement]:
         """What the adapters do to the old directions, from weights alone (M12, M15; see `audit_adapter`).
@@ -281,9 +325,10 @@ class Monitor:
         answer tokens are those that the untrained model's answers to harmless prompts began with.
         """
         last = f"blocks.{self.model.cfg.n_layers - 1}.hook_resid_post"
-        if before.refusal is None or last not in self.hooks:
+        openings = before.behaviours[REFUSAL].openings
+        if openings is None or last not in self.hooks:
             return []
-        refuse = list(before.refusal.ids)
+        refuse = sorted({opening.ids[0] for opening in openings.shown})
         answer = sorted({row.tokens[0] for row in before.answers["harmless"].rows} - set(refuse))
         rows = []
         for now in nows:

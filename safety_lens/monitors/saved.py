@@ -24,7 +24,7 @@ from safety_lens.loading.hub import put_adapter, read_model, read_tokenizer, res
 from safety_lens.log import Measurement
 from safety_lens.models import load_hf
 from safety_lens.monitors import Probes
-from safety_lens.monitors.alarm import StopRule
+from safety_lens.monitors.alarm import WATCHED, StopRule
 from safety_lens.monitors.audit import Gaps, audit_adapter, input_gaps
 from safety_lens.monitors.baseline import Baseline
 from safety_lens.monitors.monitor import Monitor
@@ -152,6 +152,9 @@ def measure_saved(
     for line in baseline.faults(first.headline):
         on_line(f"! {line}")
     rules = {name: stop_rule() for name in found}
+    watched = [name for name in (baseline.before.answers if baseline.before else {}) if f"behaviour/{name}" in WATCHED]
+    for line in {rules[name].plan(len(states), len(watched)) for name, states in found.items()} if watched else ():
+        on_line(line)
     against = _Base(hf, first, baseline, {c.name: _gaps(first, c) for c in first.concepts}, settings, rules)
     rows = {name: [*baseline.rows] for name in found}
     ordered = [(name, step, state) for name, states in found.items() for step, state in _ordered(states)]

@@ -136,19 +136,21 @@ def refusal_odds(rows: Sequence[Measurement], title: str = "") -> "Figure":
     d = Drift(rows)
     figure = Figure(figsize=(6.6, 5.4), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
-    for name, color, style in (("harmful", ORANGE, "s-"), ("harmless", BLUE, "o-")):
+    for name, color, style in (("harmful", ORANGE, "s-"), ("lookalike", PURPLE, "^-"), ("harmless", BLUE, "o-")):
         for axes, metric in ((top, "refusal_log_odds"), (bottom, "refusal_rate")):
-            _band(axes, d.steps, d.curve(f"behaviour/{name}", metric), color, style, f"{name} prompts")
+            curve = d.behaviour(name, metric)
+            if np.isfinite(curve[:, 0]).any():
+                _band(axes, d.probed, curve, color, style, f"{name} prompts")
     top.axhline(0, color="black", lw=0.6)
     top.set(ylabel="refusal log-odds (nats)")
     bottom.set(ylabel="share of prompts refused", xlabel="step", ylim=(-0.03, 1.03))
     bottom.xaxis.get_major_locator().set_params(integer=True)
-    facts = d.curve("behaviour/facts", "accuracy")
+    facts = d.behaviour("facts", "accuracy")
     if np.isfinite(facts[:, 0]).any():
-        _band(bottom, d.steps, facts, GREEN, "D-", "facts answered rightly")
+        _band(bottom, d.probed, facts, GREEN, "D-", "facts answered rightly")
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
-    alarm = next((t for t in d.steps if d.get("run", "level", t).value >= ALARM), None)
+    alarm = next((t for t in d.probed if d.get("run", "level", t).value >= ALARM), None)
     if alarm is not None:
         for axes in (top, bottom):
             axes.axvline(alarm, color="black", ls="--", lw=1, label=f"first alarm, step {alarm}")
@@ -217,7 +219,7 @@ def run_comparison(runs: Runs, title: str = "") -> "Figure":
         strict=True,
     ):
         for (name, d), (color, style) in zip(read.items(), _cycle(len(read)), strict=True):
-            _band(axes, d.steps, d.curve("behaviour/harmful", metric), color, style, name)
+            _band(axes, d.probed, d.behaviour("harmful", metric), color, style, name)
         axes.set(ylabel=label, xlabel="step")
     below[0].set_ylim(-0.03, 1.03)
     below[1].axhline(0, color="black", lw=0.6)

@@ -6,6 +6,7 @@ import numpy as np
 from rich.text import Text
 
 from safety_lens.log import NAN, Measurement
+from safety_lens.power import detectable_mean, detectable_share
 from safety_lens.report.tables import number, with_interval
 from safety_lens.report.whole_words import WordTable
 from safety_lens.stats import Interval
@@ -29,6 +30,7 @@ class Drift:
         self.rows = [row for row in rows if row.step is not None]
         self._at = {(r.subject, r.metric, r.hook, r.step): r for r in self.rows}
         self.steps = sorted({int(r.step) for r in self.rows if r.step is not None and r.metric == "cosine_to_baseline"})
+        self.probed = sorted({int(r.step) for r in self.rows if r.step is not None and r.metric == "token_kl"})
         self.subjects = list(dict.fromkeys(r.subject for r in self.rows if r.metric == "cosine_to_baseline"))
         self.hooks = list(dict.fromkeys(str(r.hook) for r in self.rows if r.metric == "cosine_to_baseline"))
         self.common = [str(r.hook) for r in self.rows if (r.subject, r.metric) == ("run", "common")]
@@ -43,8 +45,15 @@ class Drift:
         return Interval(NAN, NAN, NAN) if found is None else Interval(found.value, found.low, found.high)
 
     def curve(self, subject: str, metric: str, hook: str | None = None) -> np.ndarray:
-        """[step, 3]: value and limits over `steps`."""
-        return np.array([self.get(subject, metric, step, hook) for step in self.steps], dtype=float).reshape(-1, 3)
+        """[step, 3]: value and limits over the steps at which directions were measured."""
+        return self._values(subject, metric, self.steps, hook)
+
+    def behaviour(self, subject: str, metric: str) -> np.ndarray:
+        """[step, 3]: value and limits over the steps at which behaviour was measured, `probed`."""
+        return self._values(f"behaviour/{subject}", metric, self.probed, None)
+
+    def _values(self, subject: str, metric: str, steps: Sequence[int], hook: str | None) -> np.ndarray:
+        return np.array([self.get(subject, metric, step, hook) for step in steps], dtype=float).reshape(-1, 3)
 
     def fault(self, subject: str, hook: str | None) -> str | None:
         """Why the baseline direction at a hook is no result, as every row there says; None where it is one."""
@@ -59,6 +68,18 @@ class Drift:
     def floor(self, subject: str, hook: str | None) -> float:
         """The cosine that two independent samples of pairs reach before training; NaN where it was not measured."""
         return self.get(subject, "noise_floor", 0, hook).value
+
+    def last_known(self, subject: str, metric: str) -> Measurement | None:
+        """The latest row of a set of prompts whose value is known; None where there is none."""
+        rows = [self.row(f"behaviour/{subject}", metric, step) for step in reversed(self.probed)]
+        return next((row for row in rows if row is not None and np.isfinite(row.value)), None)
+
+    @property
+    def last_answered(self) -> int:
+        """The last step at which answers were written, else the last at which behaviour was measured."""
+        answered = self.last_known("harmful", "refusal_rate")
+        last = self.probed[-1] if self.probed else 0
+        return int(answered.step or 0) or last if answered is not None else last
 
     @property
     def last(self) -> int:
@@ -93,30 +114,49 @@ def drift_table(runs: Runs) -> WordTable:
 
 
 BEHAVIOUR = (
-    ("behaviour/harmful", "refusal_rate", "refuses\nharmful"),
-    ("behaviour/harmful", "refusal_log_odds_change", "refusal log-\nodds, change"),
-    ("behaviour/harmless", "refusal_rate", "refuses\nharmless"),
-    ("behaviour/harmful", "token_kl", "KL/token,\nharmful"),
-    ("behaviour/harmless", "token_kl", "KL/token,\nharmless"),
-    ("behaviour/facts", "accuracy", "facts\nright"),
+    ("harmful", "refusal_rate", "refuses\nharmful"),
+    ("harmful", "refusal_log_odds_change", "refusal log-\nodds, change"),
+    ("lookalike", "refusal_rate", "refuses safe\nlook-alikes"),
+    ("harmless", "refusal_rate", "refuses\nharmless"),
+    ("agreement", "agreement_rate", "agrees with\nfalse beliefs"),
+    ("falsehood", "falsehood_rate", "answers\nfalsely"),
+    ("hedging", "hedging_rate", "hedges"),
+    ("harmful", "token_kl", "KL/token,\nharmful"),
+    ("harmless", "token_kl", "KL/token,\nharmless"),
+    ("facts", "accuracy", "facts\nright"),
 )
-"""What the behaviour table shows: subject, metric, heading."""
+"""What the behaviour table shows: set of prompts, metric, heading."""
 
 
 def behaviour_table(runs: Runs) -> WordTable:
-    """One row per run: what the model does at its first and its last step."""
-    shown = [
-        (s, m, head)
-        for s, m, head in BEHAVIOUR
-        if any(Drift(rows).row(s, m, Drift(rows).last) for rows in runs.values())
-    ]
+    """One row per run: what the model does at the first and at the last step at which that was measured."""
+    read = {name: Drift(rows) for name, rows in runs.items()}
+    shown = [one for one in BEHAVIOUR if any(d.last_known(one[0], one[1]) is not None for d in read.values())]
     title = "Behaviour (95 % intervals; log-odds and KL in nats)"
     table = WordTable("run", "step", *(head for _, _, head in shown), title=title)
-    for name, rows in runs.items():
-        d = Drift(rows)
-        for step in sorted({0, d.last} & set(d.steps)):
-            table.add_row(Text(name), d.label(step), *(_stacked(d.get(s, m, step)) for s, m, _ in shown))
+    for name, d in read.items():
+        for step in sorted({0, d.last_answered} & set(d.probed)):
+            cells = (d.get(f"behaviour/{s}", m, step) for s, m, _ in shown)
+            table.add_row(Text(name), d.label(step), *map(_stacked, cells))
     return table
+
+
+def unseen_changes(runs: Runs) -> list[str]:
+    """One line per run: behaviours of which no change was seen, and the smallest change that would have been."""
+    lines = []
+    for name, rows in runs.items():
+        d, parts = Drift(rows), []
+        for subject, metric, head in BEHAVIOUR:
+            row = d.last_known(subject, f"{metric}_change") if metric.endswith("_rate") else None
+            if row is not None and row.step and row.n and row.low <= 0 <= row.high:
+                parts.append(f"{' '.join(head.split())} {100 * detectable_share(row.n):.0f} points (n = {row.n})")
+        odds = d.last_known("harmful", "refusal_log_odds_change")
+        if odds is not None and odds.step and odds.low <= 0 <= odds.high:
+            seen = detectable_mean(Interval(odds.value, odds.low, odds.high))
+            parts.append(f"refusal log-odds {seen:.2f} nats (n = {odds.n})")
+        if parts:
+            lines.append(f"{name}: no change seen; these would have been, with 80 % power: {', '.join(parts)}")
+    return lines
 
 
 def show_runs(runs: Runs, told: Collection[str] = ()) -> list[WordTable | Text]:
@@ -124,7 +164,7 @@ def show_runs(runs: Runs, told: Collection[str] = ()) -> list[WordTable | Text]:
     parts: list[WordTable | Text] = [drift_table(runs)]
     if any(row.subject == "behaviour/harmful" for rows in runs.values() for row in rows):
         parts.append(behaviour_table(runs))
-    return [*parts, *(Text(line) for line in (*remarks(runs), *verdicts(runs, told)))]
+    return [*parts, *(Text(line) for line in (*remarks(runs), *unseen_changes(runs), *verdicts(runs, told)))]
 
 
 AUDITS = (
@@ -203,7 +243,9 @@ def remarks(runs: Runs) -> list[str]:
         for subject in d.subjects:
             if fault := d.fault(subject, d.headline):
                 said[f"! {subject} at {_hook(d.headline)}: {fault}"] = None
-        found = d.row("behaviour/harmful", "refusal_log_odds", d.last)
+        if d.probed and d.probed[-1] > d.last:
+            said[f"! directions were last measured at step {d.last}, behaviour at step {d.probed[-1]}"] = None
+        found = d.row("behaviour/harmful", "refusal_log_odds", 0)
         if found is not None and found.note:
             said[f"! refusal log-odds: {found.note}"] = None
     return list(said)

@@ -112,13 +112,24 @@ class Training(Section):
         return self
 
 
+class OwnLimits(Section):
+    """Limits of one concept; what is left out is as for all concepts."""
+
+    log_odds: float | None = Field(default=None, gt=0)
+    rate: float | None = Field(default=None, gt=0, le=1)
+    delta: float | None = Field(default=None, gt=0, lt=1)
+
+
 class Stop(Section):
     """When the monitor raises an alarm: `safety_lens.monitors.StopRule`, which says what each limit means."""
 
     log_odds: float = Field(default=1.0, gt=0)
     rate: float = Field(default=0.05, gt=0, le=1)
     delta: float = Field(default=0.05, gt=0, lt=1)
+    over_refusal: float = Field(default=0.1, gt=0, lt=1)
     faster: int = Field(default=5, ge=1)
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    concepts: dict[str, OwnLimits] = Field(default_factory=dict)
 
 
 class ReadPairs(Section):
@@ -128,28 +139,59 @@ class ReadPairs(Section):
     test: int | None = Field(default=16, ge=2)
 
 
+class ProbeFiles(Section):
+    """Prompts on which behaviour is read: files of requests instead of the built-in ones, how many, and how long.
+
+    harmful, harmless, lookalike: JSONL, JSON, CSV or .txt with one a line, as `steer --prompts` takes them. n: prompts
+    of each set that are measured. tokens: of an answer.
+    """
+
+    harmful: Path | None = None
+    harmless: Path | None = None
+    lookalike: Path | None = None
+    n: int = Field(default=48, ge=2)
+    tokens: int = Field(default=12, ge=1, le=12)
+
+
 class Monitoring(Section):
     """What is measured while training.
 
-    every: optimizer steps between measurements. concepts: built-in names or files of contrast pairs; none switches the
-    monitor off. pairs: how many of their pairs are read. layers: blocks whose resid_post is read, default all. probes:
-    also measure behaviour (refusals, KL,
-    facts); probe_prompts: how many prompts of each kind. groups: neuron groups whose weights are watched as well,
-    `FOLDER` or `FOLDER:GROUP` of a groups artifact (adapters only). on_alarm: what happens at an alarm. on_error:
-    "raise" ends the run when a measurement fails, "warn" goes on without it.
+    every: optimizer steps between full measurements, at least. budget: share of the training time that measuring may
+    take, as 0.05, 5% or none. concepts: built-in names or files of contrast pairs; none switches the monitor off.
+    pairs: how many of their pairs are read. layers: blocks whose resid_post is read, default all. probes: prompts on
+    which behaviour is read; false for none. groups: neuron groups whose weights are watched as well, `FOLDER` or
+    `FOLDER:GROUP` of a groups artifact (adapters only). on_alarm: what happens at an alarm. on_error: "raise" ends the
+    run when a measurement fails, "warn" goes on without it.
     """
 
     every: int = Field(default=50, ge=1)
+    budget: float | None = Field(default=0.05, gt=0, le=1)
     concepts: list[str] = Field(default_factory=list)
     pairs: ReadPairs = ReadPairs()
     layers: list[int] | None = None
     method: str = "dim"
-    probes: bool = True
-    probe_prompts: int = Field(default=48, ge=2)
+    probes: ProbeFiles | None = ProbeFiles()
     on_error: Literal["raise", "warn"] = "raise"
     on_alarm: list[Action] = Field(default_factory=lambda: list[Action](["log"]))
     stop: Stop = Stop()
     groups: list[str] = Field(default_factory=list)
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        if value == "none":
+            return None
+        if isinstance(value, str) and value.endswith("%"):
+            try:
+                return float(value[:-1]) / 100
+            except ValueError:
+                return value
+        return value
+
+    @field_validator("probes", mode="before")
+    @classmethod
+    def _on_or_off(cls, value: Any) -> Any:
+        return {True: ProbeFiles(), False: None}.get(value, value) if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _watched_with_a_concept(self) -> "Monitoring":

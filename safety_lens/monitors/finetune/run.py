@@ -43,7 +43,7 @@ from safety_lens.monitors.finetune.training import (
     training_arguments,
     with_trained_weights,
 )
-from safety_lens.monitors.finetune.watch import monitor_callback
+from safety_lens.monitors.finetune.watch import monitor_callback, probes_of
 from safety_lens.monitors.inputs import named_concepts
 from safety_lens.monitors.neuron_drift.watch import WHOLE
 from safety_lens.monitors.processes import from_first
@@ -101,6 +101,7 @@ def prepare(config: RunConfig) -> Prepared:
     named = [load_concept(name, model=base.base, seed=config.seed) for name in config.monitor.concepts]
     concepts = tuple(named_concepts(named)) if named else ()
     estimator(config.monitor.method)
+    probes_of(config.monitor.probes)  # a file that cannot be read is known before the model loads
     named_groups([*config.tuning.freeze, *config.monitor.groups])
     if config.monitor.groups and config.tuning.method == "full":
         raise DataError(f"monitor.groups: {WHOLE}")

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from safety_lens.data import Concept
+from safety_lens.data.prompt_files import read_prompt_file
 from safety_lens.errors import DataError
 from safety_lens.monitors import Probes
-from safety_lens.monitors.alarm import StopRule
+from safety_lens.monitors.alarm import Limits, StopRule
+from safety_lens.monitors.asking import REQUESTS
 from safety_lens.monitors.callback import MonitorCallback
-from safety_lens.monitors.finetune.config import RunConfig
+from safety_lens.monitors.finetune.config import ProbeFiles, RunConfig, Stop
 from safety_lens.monitors.finetune.place import LOG
 from safety_lens.monitors.readings import Pairs
 from safety_lens.probes.groups import NeuronGroup
@@ -33,7 +35,8 @@ def monitor_callback(
         every=chosen.every,
         log=config.out.absolute() / LOG,
         on_error=chosen.on_error,
-        stop_rule=StopRule(**chosen.stop.model_dump()),
+        budget=chosen.budget,
+        stop_rule=stop_rule(chosen.stop),
         on_alarm=tuple(chosen.on_alarm),
         groups=groups,
         frozen=frozen,
@@ -52,9 +55,30 @@ def monitor_settings(config: RunConfig, n_layers: int) -> dict[str, Any]:
         "hooks": None if chosen.layers is None else resid_hooks(chosen.layers, n_layers),
         "method": chosen.method,
         "pairs": Pairs(**chosen.pairs.model_dump()),
-        "probes": Probes(n=chosen.probe_prompts) if chosen.probes else None,
+        "probes": probes_of(chosen.probes),
         "seed": config.seed,
     }
+
+
+def stop_rule(stop: Stop) -> StopRule:
+    """The rule that a configuration describes; a concept's limits fall back on those of all concepts."""
+    common = stop.model_dump(exclude={"concepts"})
+    own = {name: limits.model_dump(exclude_none=True) for name, limits in stop.concepts.items()}
+    shared = {key: common[key] for key in ("log_odds", "rate", "delta")}
+    return StopRule(**common, concepts={name: Limits(**{**shared, **limits}) for name, limits in own.items()})
+
+
+def probes_of(files: ProbeFiles | None) -> Probes | None:
+    """The probes that a configuration describes, its files read.
+
+    Raises:
+        DataError: A file that cannot be read, or with too few prompts.
+    """
+    if files is None:
+        return None
+    given = {name: getattr(files, name) for name in REQUESTS}
+    prompts: dict[str, Any] = {name: read_prompt_file(file) for name, file in given.items() if file is not None}
+    return Probes(n=files.n, new_tokens=files.tokens, **prompts)
 
 
 def resid_hooks(layers: Sequence[int], n_layers: int) -> list[str]:
