@@ -83,7 +83,7 @@ def test_the_organism_has_requests_of_every_label() -> None:
 
 # --- plain English --------------------------------------------------------------------------------------------------
 
-PAIRS = {"refusal": {"train": 64, "val": 64, "test": 64}}
+PAIRS = {name: {"train": 64, "val": 64, "test": 64} for name in ("refusal", "toxicity")}
 REQUESTS = {"train": 96, "val": 64, "test": 96}
 """Plain harmless requests in each split."""
 

@@ -10,6 +10,7 @@ from transformer_lens import HookedTransformer
 from safety_lens.data import Concept, ContrastPair
 from safety_lens.models import hooks_at, load_model
 from safety_lens.probes.controls import (
+    bigram_scores,
     constant_if_blind,
     embedding_scores,
     length_scores,
@@ -23,7 +24,7 @@ from safety_lens.probes.extract import extract_directions
 from safety_lens.probes.reading import ConceptActivations, read_concepts
 from safety_lens.stats import auroc
 
-CONTROLS = ("lexical", "length", "embedding")
+CONTROLS = ("lexical", "bigram", "length", "embedding")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def confounds(found: Evidence) -> list[str]:
 
 def test_sides_that_differ_by_a_constant_word_are_flagged_by_words_and_embeddings(model: HookedTransformer) -> None:
     found = evidence(model, system_word)
-    assert found.lexical.value == found.embedding.value == 1.0
+    assert found.lexical.value == found.bigram.value == found.embedding.value == 1.0
     assert found.lexical.low < 1.0
     assert found.length.value == 0.5
     assert any("bag of words" in note for note in confounds(found))
@@ -118,6 +119,12 @@ def test_words_unseen_in_training_carry_no_weight() -> None:
     fit = [ContrastPair("red x", "blue x"), ContrastPair("red y", "blue y")]
     _, held = word_counts(fit, [ContrastPair("green x", "yellow x")])
     assert torch.equal(held.pos, held.neg)
+
+
+def test_bigrams_see_the_order_that_a_bag_of_words_cannot(model: HookedTransformer) -> None:
+    acts = read(model, synthetic.concept(lambda g: ("w20 w21 w22", "w22 w21 w20")))
+    assert area(lexical_scores(acts, "test")) == 0.5
+    assert area(bigram_scores(acts, "test")) == 1.0
 
 
 @pytest.mark.parametrize(("positive", "negative", "expected"), [("+++", "---", 1.0), ("+-+", "+-+", 0.5)])

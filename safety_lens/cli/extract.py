@@ -226,7 +226,7 @@ def _report(sets: "list[DirectionSet]", out: Path, all_hooks: bool, as_json: boo
                 typer.echo(row.to_json())
         return
     from safety_lens.report.causal import causal_table
-    from safety_lens.report.tables import direction_table, hook_table, number
+    from safety_lens.report.tables import direction_table, hook_table, number, with_interval
 
     terminal.out.print(direction_table(sets))
     for s in sets:
@@ -239,6 +239,13 @@ def _report(sets: "list[DirectionSet]", out: Path, all_hooks: bool, as_json: boo
             for note in s.evidence[s.choice.hook].notes:
                 terminal.out.print(f"  ! {note}", markup=False, soft_wrap=True)
             e = s.evidence[s.choice.hook]
+            terminal.out.print(
+                f"  · AUROC of the controls on the same pairs: bag of words {with_interval(e.lexical)}, with bigrams"
+                f" {with_interval(e.bigram)}, length {with_interval(e.length)}, mean token embedding"
+                f" {with_interval(e.embedding)}",
+                markup=False,
+                soft_wrap=True,
+            )
             terminal.out.print(
                 f"  · {e.n} pairs reported on ({e.scheme}); cosine of two half-data fits {number(e.stability)};"
                 f" shuffled labels reach {number(e.null_shuffled)}, random directions {number(e.null_random)}",

@@ -118,7 +118,7 @@ ENGLISH = BuiltIn(
     "english",
     "plain English",
     Path(__file__).resolve().parent.parent / "concepts_data",
-    ("refusal", "sycophancy", "deception", "hedging"),
+    ("refusal", "sycophancy", "deception", "toxicity", "hedging"),
     {
         "harmful": RequestSource("refusal.jsonl", "positive_query"),
         "harmless": RequestSource("harmless.jsonl", "instruction"),

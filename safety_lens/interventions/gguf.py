@@ -18,7 +18,7 @@ from safety_lens.data import Concept
 from safety_lens.errors import ArtifactError, ModelMismatchError
 from safety_lens.log import Measurement
 from safety_lens.positions import Positions, last_token
-from safety_lens.probes.controls import embedding_scores, length_scores, lexical_scores
+from safety_lens.probes.controls import bigram_scores, embedding_scores, length_scores, lexical_scores
 from safety_lens.probes.directions import Direction, Evidence
 from safety_lens.probes.evaluate import HeldOut, clusters_of, gap_in_deviations, plain_scores, random_null, separation
 from safety_lens.probes.extract import DirectionSet, evidence_rows
@@ -179,6 +179,7 @@ def _evidence(acts: ConceptActivations, scores: dict[str, HeldOut], seed: int) -
     lexical = lexical_scores(acts, "test")
     shared = Evidence(
         lexical=separation(lexical, groups),
+        bigram=separation(bigram_scores(acts, "test"), groups),
         length=separation(length_scores(acts, "test"), groups),
         embedding=separation(embedding_scores(acts, "test"), groups),
         n=len(groups),

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from safety_lens.data import Concept
-from safety_lens.data.built_in import ORGANISM
 from safety_lens.errors import DataError, OtherProcessError, SafetyLensError
 from safety_lens.log import Measurement
 from safety_lens.monitors.actions import Action, Alarm, actions_named
@@ -96,7 +95,7 @@ class MonitorCallback(TrainerCallback):
             raise DataError(f"on_error {on_error!r} is not known; choose {' or '.join(ON_ERROR)}")
         estimator(method)
         self.concepts = tuple(concepts)
-        named_concepts(concepts, ORGANISM if tokenizer is None else tokenizer)  # mistakes are raised before training
+        named_concepts(concepts, tokenizer)  # mistakes are raised before training
         self.every, self.warns, self.rule = (
             every,
             on_error == "warn",

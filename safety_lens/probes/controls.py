@@ -26,10 +26,17 @@ def prompt_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
 
 
-def word_counts(fit: Sequence[ContrastPair], held: Sequence[ContrastPair]) -> tuple[Sides, Sides]:
-    """Bag-of-words rows of two splits in the vocabulary of the first; characters where it has no words at all."""
+def word_counts(fit: Sequence[ContrastPair], held: Sequence[ContrastPair], *, longest: int = 1) -> tuple[Sides, Sides]:
+    """Count the words of two splits in the vocabulary of the first; characters where it has no words at all.
+
+    Args:
+        fit: Pairs whose words are counted.
+        held: Pairs that are counted in the same words.
+        longest: Words in a row that count as one entry: 1 is a bag of words, 2 adds its bigrams.
+    """
     texts = [prompt_text(p) for pair in fit for p in (pair.positive, pair.negative)]
-    counter = CountVectorizer(token_pattern=WORD if any(re.search(WORD, text) for text in texts) else CHARACTER)
+    pattern = WORD if any(re.search(WORD, text) for text in texts) else CHARACTER
+    counter = CountVectorizer(token_pattern=pattern, ngram_range=(1, longest))
     counter.fit(texts)
 
     def sides(pairs: Sequence[ContrastPair]) -> Sides:
@@ -52,6 +59,12 @@ def lexical_scores(acts: ConceptActivations, split: str, score: Scorer = held_ou
     """Held-out scores of the bag of words, under the same template rule as the direction."""
     train, held = word_counts(acts.pairs("train"), acts.pairs(split))
     return constant_if_blind(score(bag_of_words_direction, train, held))
+
+
+def bigram_scores(acts: ConceptActivations, split: str) -> HeldOut:
+    """Held-out scores of words and bigrams, under the same template rule as the direction."""
+    train, held = word_counts(acts.pairs("train"), acts.pairs(split), longest=2)
+    return constant_if_blind(held_out_scores(bag_of_words_direction, train, held))
 
 
 def length_scores(acts: ConceptActivations, split: str) -> HeldOut:

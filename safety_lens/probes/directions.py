@@ -22,9 +22,10 @@ class Evidence:
     p_max: the same, corrected for all hooks looked at (max-T). stability: mean cosine of directions from two halves of
     the fitting pairs.
     null_shuffled, null_random: AUROC that 95 % of refits on shuffled labels, and of random directions, stay below.
-    lexical, length, embedding: AUROC of a bag of words, of the token count, and of mean token embeddings, on the same
-    pairs. above_lexical: AUROC of the direction minus that of the bag of words. auroc_known_templates,
-    lexical_known_templates: the easier figures, by fits that saw the templates; NaN where no template recurs.
+    lexical, bigram, length, embedding: AUROC of a bag of words, of words and bigrams, of the token count, and of mean
+    token embeddings, on the same pairs. above_lexical: AUROC of the direction minus that of the bag of words.
+    auroc_known_templates, lexical_known_templates: the easier figures, by fits that saw the templates; NaN where no
+    template recurs.
     n: pairs in the reporting split. scheme: how pairs were held out. notes: what a reader must know.
     """
 
@@ -36,6 +37,7 @@ class Evidence:
     null_shuffled: float = NAN
     null_random: float = NAN
     lexical: Interval = UNKNOWN
+    bigram: Interval = UNKNOWN
     length: Interval = UNKNOWN
     embedding: Interval = UNKNOWN
     above_lexical: Interval = UNKNOWN

@@ -12,7 +12,7 @@ from safety_lens.errors import DataError
 from safety_lens.log import Measurement
 from safety_lens.models import hooks_at
 from safety_lens.positions import Positions, last_token
-from safety_lens.probes.controls import embedding_scores, length_scores, lexical_scores
+from safety_lens.probes.controls import bigram_scores, embedding_scores, length_scores, lexical_scores
 from safety_lens.probes.directions import Direction, Evidence
 from safety_lens.probes.estimators import Estimator, estimator, pca_direction
 from safety_lens.probes.evaluate import (
@@ -231,6 +231,7 @@ def _controls(acts: ConceptActivations, groups: Sequence[str | None], lexical: H
     recurring = shares_templates(train, test)
     return Evidence(
         lexical=separation(lexical, groups),
+        bigram=separation(bigram_scores(acts, "test"), groups),
         length=separation(length_scores(acts, "test"), groups),
         embedding=separation(embedding_scores(acts, "test"), groups),
         lexical_known_templates=separation(lexical_scores(acts, "test", plain_scores), groups)
@@ -251,6 +252,7 @@ def _remarks(evidence: Evidence, templates: int, informative_shuffles: bool) -> 
     notes = []
     for control, what in (
         ("lexical", "a bag of words"),
+        ("bigram", "words and bigrams"),
         ("length", "length alone"),
         ("embedding", "the mean token embedding"),
     ):
@@ -289,6 +291,7 @@ def evidence_rows(subject: str, hook: str, e: Evidence, direction: Direction | N
         "null_shuffled_q95": UNKNOWN._replace(value=e.null_shuffled),
         "null_random_q95": UNKNOWN._replace(value=e.null_random),
         "lexical_auroc": e.lexical,
+        "bigram_auroc": e.bigram,
         "length_auroc": e.length,
         "embedding_auroc": e.embedding,
         "above_lexical": e.above_lexical,

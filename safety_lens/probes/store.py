@@ -105,6 +105,7 @@ def _evidence(entry: dict[str, Any], rows: Sequence[Measurement]) -> Evidence:
         null_shuffled=get("null_shuffled_q95").value,
         null_random=get("null_random_q95").value,
         lexical=get("lexical_auroc"),
+        bigram=get("bigram_auroc"),
         length=get("length_auroc"),
         embedding=get("embedding_auroc"),
         above_lexical=get("above_lexical"),
