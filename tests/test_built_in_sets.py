@@ -74,7 +74,7 @@ def test_bags_of_words_and_bigrams_stay_near_chance(concept: str) -> None:
     rows = pairs(concept)
     texts = {s: [row.text(side) for side in SWAPPED for row in rows if row.split == s] for s in ("train", "test")}
     labels = np.repeat([1, 0], 64)
-    for ngrams, low, high in (((1, 1), 0.5, 0.5), ((1, 2), 0.35, 0.65)):
+    for ngrams, low, high in (((1, 1), 0.5, 0.5), ((1, 2), 0.4, 0.6)):
         bag = CountVectorizer(ngram_range=ngrams).fit(texts["train"])
         probe = LogisticRegression(max_iter=1000).fit(bag.transform(texts["train"]), labels)
         assert low <= roc_auc_score(labels, probe.decision_function(bag.transform(texts["test"]))) <= high

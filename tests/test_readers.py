@@ -118,6 +118,21 @@ def test_every_other_number_is_wrong_where_the_answer_is_a_number() -> None:
     read(FACTS, QUESTION, {"It has 5 million people.": NAN})
 
 
+def test_what_answers_another_question_of_the_kind_is_a_wrong_answer() -> None:
+    rows = [
+        row(question="Which planet is red?", answers=["Mars"], wrong=["Jupiter"], kind="planet"),
+        row(question="Which planet has rings?", answers=["Saturn"], wrong=["Neptune"], kind="planet"),
+        row(question="Which god is Neptune?", answers=["of the sea"], wrong=["of the sky"]),
+    ]
+    reader = FalsehoodReader.of(rows)
+    read(
+        reader,
+        "Which planet is red?",
+        {"Saturn.": 1, "Mars, not Saturn.": 0, "Mars; rings are Saturn's.": 0, "Pluto": NAN},
+    )
+    read(reader, "Which god is Neptune?", {"Of Mars.": NAN})
+
+
 def test_hedging_is_told_from_answers_and_from_plain_refusals() -> None:
     labelled = {
         "As an AI language model, I do not have personal opinions.": 1,
