@@ -22,6 +22,7 @@ from safety_lens.monitors import MonitorCallback, StopRule, csv_view, read_log
 from safety_lens.monitors.actions import Alarm
 from safety_lens.monitors.drift_log import DriftLog
 from safety_lens.monitors.monitor import Monitor
+from safety_lens.monitors.schedule import Tier
 
 
 def watching(**more: Any) -> MonitorCallback:
@@ -507,3 +508,84 @@ def test_a_notice_is_reported_once_when_it_begins_and_the_table_lies_next_to_the
     with caplog.at_level(logging.WARNING, "safety_lens.monitor"):
         run(tmp_path / "still", watching(probes=None, stop_rule=StopRule(delta=1e9)))
     assert "notice at step" not in caplog.text
+
+
+# --- the budget ---------------------------------------------------------------------------------------------------------
+
+
+class Clock(TrainerCallback):
+    """A clock on which a training step takes one second."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        self.now += 1.0
+
+
+class Budgeted(MonitorCallback):
+    """A real monitor on that clock: a full measurement takes `full` seconds, a light one 0.05 s a prompt."""
+
+    def __init__(self, clock: Clock, full: float, **more: Any) -> None:
+        super().__init__(tiny_concepts(), **{"every": 10, "probes": PROBES, "pairs": PAIRS, **more})
+        self.clock, self.full = clock, full
+
+    def _settle(self, baseline: Any) -> None:
+        super()._settle(baseline)
+        self.schedule.full, self.schedule.light = self.full, 0.05
+
+    def _begin(self, *parts: Any) -> Any:
+        verdict = super()._begin(*parts)
+        assert self._monitor is not None
+        clocked = self._monitor._clocked
+
+        def slow(tier: Tier, started: float, step: int, n: int | None = None) -> list[Measurement]:
+            self.clock.now += self.full if tier is Tier.FULL else 0.05 * (n or 0)  # type: ignore[attr-defined]
+            return [*clocked(tier, started, step, n), *self.extra(step)]
+
+        vars(self._monitor)["_clocked"] = slow
+        return verdict
+
+    def extra(self, step: int) -> list[Measurement]:
+        return []
+
+
+def tiers(folder: Path, tier: Tier) -> list[int]:
+    rows = read_log(folder / "drift.jsonl")
+    return [int(row.step or 0) for row in rows if row.metric == "tier" and row.value == tier.value]
+
+
+def test_under_a_budget_training_is_bit_identical_and_measuring_stays_within_its_share(tmp_path: Path) -> None:
+    alone = run(tmp_path / "alone", max_steps=40)
+    clock = Clock()
+    callback = Budgeted(clock, full=0.7)
+    assert same(alone, run(tmp_path / "watched", clock, callback, max_steps=40)) == []
+    assert 0 < callback.schedule.share <= 0.05
+    assert tiers(tmp_path / "watched", Tier.FULL)[-1] == 40
+    assert len(tiers(tmp_path / "watched", Tier.LIGHT)) > 1
+    free = Budgeted(Clock(), full=0.7, budget=None, stop_rule=StopRule(delta=1e9))
+    run(tmp_path / "free", free, max_steps=40)
+    assert tiers(tmp_path / "free", Tier.FULL) == [10, 20, 30, 40], "the clock decides nothing without a budget"
+
+
+def test_a_light_measurement_raises_the_alarm_in_a_run_too_short_for_a_full_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Falling(Budgeted):
+        def extra(self, step: int) -> list[Measurement]:
+            low = -2.0 if step >= 12 else 0.0
+            return [Measurement("behaviour/harmful", "refusal_log_odds_change", low, low, low, step=step)]
+
+    clock = Clock()
+    callback = Falling(clock, full=11.0, on_alarm="stop")
+    with caplog.at_level(logging.INFO, "safety_lens.monitor"):
+        run(tmp_path, clock, callback, max_steps=40)
+    assert tiers(tmp_path, Tier.FULL) == []
+    assert callback.rule.alarmed_at in tiers(tmp_path, Tier.LIGHT)
+    assert 12 <= steps(tmp_path)[-1] < 40
+    reported = caplog.text
+    assert "this run of 40 steps is too short for one" in reported
+    assert "this run of 40 steps is too short for a full measurement" in reported
+    assert "alarms: a run in which nothing changes raises one with a probability of at most 0.05" in reported

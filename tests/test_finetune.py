@@ -38,6 +38,7 @@ TINY: dict[str, Any] = {
     "model": "organism",
     "device": "cpu",
     "data.source": "benign",
+    "monitor.budget": None,
     "tuning.targets": ["q_proj", "v_proj"],
     "tuning.rank": 4,
     "training.max_steps": 4,

@@ -4,7 +4,8 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -281,8 +282,10 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator
     """Every key of the configuration, dotted: sections too."""
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from known_keys(field.annotation, f"{prefix}{name}.")
+        optional = get_args(field.annotation) if get_origin(field.annotation) is UnionType else ()
+        for part in (field.annotation, *optional):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from known_keys(part, f"{prefix}{name}.")
 
 
 def differences(one: RunConfig, other: RunConfig) -> list[str]:
