@@ -510,7 +510,7 @@ def test_a_notice_is_reported_once_when_it_begins_and_the_table_lies_next_to_the
     assert "notice at step" not in caplog.text
 
 
-# --- the budget ---------------------------------------------------------------------------------------------------------
+# --- the budget ------------------------------------------------------------------------------------------------------
 
 
 class Clock(TrainerCallback):

@@ -587,7 +587,7 @@ def test_a_run_says_in_a_line_what_it_freezes_and_watches(groups: Path, tmp_path
     told: list[str] = []
     chosen = config(
         tmp_path / "b", [f"{groups}:entries"], training__max_steps=1, monitor__groups=[f"{groups}:units"],
-        monitor__concepts=["refusal"], monitor__probes=False, monitor__layers=[3],
+        monitor__concepts=["refusal"], monitor__probes=False, monitor__budget=None, monitor__layers=[3],
     )  # fmt: skip
     run(chosen, on_group=told.append)
     live = adapted_organism()

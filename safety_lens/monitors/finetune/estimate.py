@@ -125,8 +125,8 @@ def measured(config: RunConfig) -> Estimate:
         trainer(live, longest, training_arguments(trial), tokenizer, [clock, *held]).train()
     per_token = min(clock.seconds) / _padded(longest[: _step_rows(config)])
     basis = f"measured: {min(clock.seconds):.3g} s for a step of the longest rows, scaled by tokens"
-    watching = _watched(ready, live, tokenizer, steps)
     seconds, memory = steps * per_token * tokens, _peak(device)
+    watching = _watched(ready, live, tokenizer, steps, seconds)
     return Estimate(steps, tokens, parameters, trained, seconds, memory, basis, watching, notes)
 
 
@@ -136,8 +136,8 @@ def _protected(config: RunConfig, live: Any, tokenizer: Any, rows: Sequence[Labe
     return protect(config.model_copy(update={"protect": every_row}), live, tokenizer, rows).callbacks
 
 
-def _watched(ready: Prepared, live: Any, tokenizer: Any, steps: int) -> float:
-    """Seconds that the monitor will take: one baseline and one measurement, timed, and as many as there will be."""
+def _watched(ready: Prepared, live: Any, tokenizer: Any, steps: int, training: float) -> float:
+    """Seconds of the monitor: one baseline and one measurement, timed; measurements within the budget."""
     if not ready.concepts:
         return NAN
     watch = Monitor(
@@ -147,7 +147,9 @@ def _watched(ready: Prepared, live: Any, tokenizer: Any, steps: int) -> float:
     for work in (watch.baseline, lambda: watch.measure(1)):
         work()
         times.append(time.perf_counter())
-    return times[1] - times[0] + (times[2] - times[1]) * math.ceil(steps / ready.config.monitor.every)
+    later = (times[2] - times[1]) * math.ceil(steps / ready.config.monitor.every)
+    budget = ready.config.monitor.budget
+    return times[1] - times[0] + (later if budget is None else min(later, budget * training))
 
 
 def _rows(ready: Prepared) -> tuple[Sequence[Labelled], tuple[str, ...]]:
