@@ -8,12 +8,14 @@ import pytest
 from transformer_lens import HookedTransformer
 from zoo import make, tokenizer
 
+from safety_lens.data.built_in import ENGLISH, ORGANISM
+from safety_lens.data.rows import read_rows
 from safety_lens.errors import DataError
 from safety_lens.forced import continuation_logprobs
 from safety_lens.generation import generate
 from safety_lens.models import load_model
 from safety_lens.organism import DATA_DIR, answers
-from safety_lens.probes.example_sets import SPLITS
+from safety_lens.probes.example_sets import SPLITS, asked_of
 from safety_lens.probes.examples import ExampleSet, own_answers, read_examples
 
 
@@ -56,7 +58,9 @@ def test_answers_of_another_kind_are_left_out_and_counted(organism: HookedTransf
     assert found.notes == (
         f"{120 - len(found)} of 120 answers of the model are not of the kind asked for and are left out",
     )
-    with pytest.raises(DataError, match="no example of 'safety' is left to score: 120 of 120 answers"):
+    with pytest.raises(
+        DataError, match="no example of built-in safety, the organism's own is left to score: 120 of 120 answers"
+    ):
         read_examples("safety", organism, keep=lambda text: False)
 
 
@@ -78,6 +82,23 @@ def test_splits_share_no_prompt_and_are_the_same_every_time(organism: HookedTran
     assert not prompts[0] & prompts[2]
     assert not prompts[1] & prompts[2]
     assert sets[0].sha256 == read_examples(name, organism, split="train").sha256 != sets[1].sha256
+
+
+def test_every_other_model_gets_requests_in_plain_english_and_judges_its_own_answers() -> None:
+    for split in SPLITS:
+        safety, utility, facts = (asked_of(name, split, None, ENGLISH)[0] for name in ("safety", "utility", "facts"))
+        assert [row.text for row in safety] == ENGLISH.requests("harmful", split)
+        assert [row.text for row in utility] == ENGLISH.requests("harmless", split)
+        assert all(row.response is None for row in [*safety, *utility, *facts])
+        for row, refused, answered in ((safety[0], True, False), (utility[0], False, True)):
+            assert row.accepts is not None
+            assert row.accepts("I'm sorry, but I can't help with that.") is refused
+            assert row.accepts("Here is a list.") is answered
+            assert row.accepts(" ") is False
+    row = next(row for row in asked_of("facts", "train", None, ENGLISH)[0] if "Turkish capital" in row.text)
+    assert row.accepts is not None
+    said = ("It is Ankara.", "It is Istanbul.", "Ankara, not Istanbul.", "A city.")
+    assert [row.accepts(text) for text in said] == [True, False, False, False]
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -133,6 +154,33 @@ def test_prompts_alone_are_answered_by_the_model_and_labels_choose(organism: Hoo
     assert [row.text for row in said] == [example.response for example in found]
     with pytest.raises(DataError, match="labels are borderline, harmful, harmless"):
         read_examples(path, organism, label="evil")
+
+
+def test_prompts_alone_are_filtered_by_what_they_are_for(organism: HookedTransformer, tmp_path: Path) -> None:
+    path = DATA_DIR / "instructions.jsonl"
+    safety, utility = (
+        read_examples(path, organism, kind=kind, split="val", limit=12) for kind in ("safety", "utility")
+    )
+    assert {example.label for example in safety} == {"harmful"}
+    assert {answers.answer_kind(example.response) for example in safety} == {"refusal"}
+    assert "harmful" not in {example.label for example in utility}
+    assert "refusal" not in {answers.answer_kind(example.response) for example in utility}
+    assert any("rows have another label and are left out" in note for note in safety.notes)
+    rows = [{"prompt": text} for text in ORGANISM.requests("harmless", "val")[:10]]
+    with pytest.raises(DataError, match=r"At least 8 refusals .* rows with responses \(--safety FILE\)"):
+        read_examples(write(tmp_path / "kind.jsonl", rows), organism, kind="safety")
+
+
+def test_pairs_give_their_positive_side_for_safety_and_the_other_for_utility(organism: HookedTransformer) -> None:
+    path = ORGANISM.concept_file("refusal")
+    pairs = [row.fields for row in read_rows(path).rows if row.split == "val"]
+    for kind, side in (("safety", "positive_query"), ("utility", "negative_query")):
+        found = read_examples(path, organism, kind=kind, split="val", limit=10)
+        assert {example.prompt for example in found} <= {fields[side] for fields in pairs}
+        refused = {answers.answer_kind(example.response) == "refusal" for example in found}
+        assert refused == {kind == "safety"}
+    with pytest.raises(DataError, match="contrast pairs, which serve as safety or utility"):
+        read_examples(path, organism)
 
 
 def test_shared_instruction_files_are_read(organism: HookedTransformer, shared: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from transformer_lens import HookedTransformer
 
 from safety_lens.bootstrap import crossed_interval, mean_interval
+from safety_lens.data.built_in import ORGANISM
 from safety_lens.forced import Continuation
 from safety_lens.interventions.neuron_effects import (
     Effect,
@@ -60,7 +61,7 @@ def guards(split: str, n: int) -> list[Measure]:
     return [
         coherence_measure([*harmless, *harmful], organism=True),
         coherence_measure(harmful, organism=True, name="coherence_harmful"),
-        facts_measure(n, split),
+        facts_measure(ORGANISM, n, split),
     ]
 
 

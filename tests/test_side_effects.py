@@ -134,9 +134,9 @@ def test_the_organism_knows_its_facts_and_a_broken_one_does_not() -> None:
 
 def test_shipped_files_name_what_they_have() -> None:
     assert len(instructions("borderline", "test")) == 300
-    with pytest.raises(DataError, match="choose harmful, harmless or borderline"):
+    with pytest.raises(DataError, match="choose harmful, harmless, lookalike, borderline"):
         instructions("evil", "test")
-    with pytest.raises(DataError, match="choose train, val or test"):
+    with pytest.raises(DataError, match="choose train, val, test"):
         facts_accuracy(organism(), split="dev")
 
 

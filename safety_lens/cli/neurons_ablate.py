@@ -62,7 +62,7 @@ def ablate(
     hooked = load_model(model, adapter=adapter, device=device, dtype=dtype)
     chosen = _chosen(load_groups(groups, hooked), group)
     data = {
-        kind: read_examples(source, hooked, split="test", limit=n_prompts, seed=seed, raw=raw)
+        kind: read_examples(source, hooked, kind=kind, split="test", limit=n_prompts, seed=seed, raw=raw)
         for kind, source in (("safety", safety), ("utility", utility))
     }
     measures, notes = _measures(hooked, data, n_prompts, seed, loss_only, raw)
@@ -107,7 +107,7 @@ def _edit(
     edit = kept if keep else ablated
     if not mean:
         return edit
-    rows = read_examples(utility, model, split="train", limit=64, seed=seed, raw=raw).continuations
+    rows = read_examples(utility, model, kind="utility", split="train", limit=64, seed=seed, raw=raw).continuations
     means: dict[str, Any] = {}
     for group in groups:
         means |= mean_activations(model, rows, group)
@@ -118,26 +118,25 @@ def _measures(
     model: "HookedTransformer", data: "dict[str, ExampleSet]", n: int, seed: int, loss_only: bool, raw: bool
 ) -> "tuple[list[Measure], list[str]]":
     """What can be measured of this model, and why the rest cannot."""
-    from safety_lens.data.built_in import is_organism
+    from safety_lens.data.built_in import built_in_for
     from safety_lens.interventions import neuron_measures as measures
     from safety_lens.interventions.scorers.refusal_tokens import derive_refusal_tokens
-    from safety_lens.interventions.side_effects import instructions
 
     found = [measures.loss_measure(f"{kind}_loss", rows.continuations) for kind, rows in data.items()]
     if loss_only:
         return found, []
-    own, notes = is_organism(model), []
-    harmful, harmless = instructions("harmful", "test")[:n], instructions("harmless", "test")[:n]
+    sets, notes = built_in_for(model), []
+    harmful, harmless = (sets.requests(label, "test")[:n] for label in ("harmful", "harmless"))
     try:
-        derive = (instructions(label, "train")[:DERIVE] for label in ("harmful", "harmless"))
+        derive = (sets.requests(label, "train")[:DERIVE] for label in ("harmful", "harmless"))
         tokens = derive_refusal_tokens(model, *derive, seed=seed, raw=raw)
         found.insert(0, measures.refusal_measure(tokens, harmful, raw=raw))
     except (DataError, ModelError) as error:  # a model that does not refuse: there is nothing to lose
         notes.append(f"refusal was not measured: {error}")
+    own = sets.name == "organism"
     found.append(measures.coherence_measure(harmless, organism=own))
     found.append(measures.coherence_measure(harmful, organism=own, name="coherence_harmful"))
-    if own:
-        found.append(measures.facts_measure(n))
+    found.append(measures.facts_measure(sets, n))
     return found, notes
 
 

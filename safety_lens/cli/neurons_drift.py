@@ -119,7 +119,8 @@ def _again(
     from safety_lens.monitors.neuron_drift.reidentify import compare_identified, groupings, identify
     from safety_lens.probes.examples import read_examples
 
-    safety, utility = (read_examples(source, model, limit=data[2], seed=seed) for source in data[:2])
+    safety = read_examples(data[0], model, kind="safety", limit=data[2], seed=seed)
+    utility = read_examples(data[1], model, kind="utility", limit=data[2], seed=seed)
     made = groupings(q=recipe[0], p=recipe[1], fraction=recipe[2])
     before = identify(model, safety, utility, made, seed=seed)
     out = {}

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 HALVES = "halves"
 """Folder inside a groups artifact: the same groups from each half of the examples, for ceilings."""
 
-Safety = Annotated[str, typer.Option(help="Safety examples: safety (built in), or a JSONL, JSON or CSV file.")]
-Utility = Annotated[str, typer.Option(help="Utility examples: utility, facts (built in), or a file.")]
+Safety = Annotated[
+    str,
+    typer.Option(help="Safety examples: safety (built in), or a file of requests, rows or pairs."),
+]
+Utility = Annotated[str, typer.Option(help="Utility examples: utility, facts (built in), or a file like that.")]
 Examples = Annotated[int, typer.Option("--n-examples", min=2, help="Examples of each kind.")]
 
 
@@ -89,7 +92,7 @@ def identify(
     score = scored(method, unit)
     hooked = load_model(model, adapter=adapter, device=device, dtype=dtype)
     data = {
-        kind: read_examples(source, hooked, split="train", limit=n_examples, seed=seed, raw=raw)
+        kind: read_examples(source, hooked, kind=kind, split="train", limit=n_examples, seed=seed, raw=raw)
         for kind, source in (("safety", safety), ("utility", utility))
     }
     made = groupings(**shares, scope=scope) | {f"set-difference-{size:g}": sized(size, scope) for size in more}
@@ -218,7 +221,7 @@ def _show(
     from safety_lens.report.neuron_tables import group_table
 
     for kind, examples in data.items():
-        terminal.out.print(f"{kind}: {len(examples)} examples of {examples.name}", markup=False)
+        terminal.out.print(f"{kind}: {len(examples)} examples of {examples.title}", markup=False)
         for note in examples.notes:
             terminal.out.print(f"! {note}", markup=False, soft_wrap=True)
     terminal.out.print(group_table(groups, rows))

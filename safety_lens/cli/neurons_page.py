@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from safety_lens.report.pages import NeuronPage
 
 MAX_PROMPTS = 50
-ORGANISM_PROMPTS = 16
-"""Of each label, where the organism is asked about no prompt in particular."""
+BUILT_IN_PROMPTS = 16
+"""Of each label, where no prompts are given."""
 
 Groups = Annotated[
     list[Path] | None, typer.Argument(metavar="GROUPS…", help="Artifacts written by `neurons identify`.")
@@ -85,7 +85,7 @@ def page(
         along = _directions(hooked, directions, concept, pairs, method, point, hook, seed, raw)
     scores = _scores(hooked, score or [], examples, n_examples, seed)
     shown = [PagePrompt(a.text, "harmful" if harmful else a.label) for a in asked]
-    source = str(prompts) if prompts else "the organism's test requests" if not prompt else "given on the command line"
+    source = str(prompts) if prompts else "built-in test requests" if not prompt else "given on the command line"
     with terminal.progress("reading prompts", len(shown) * (bool(found) + bool(along))) as advance:
         made = neuron_page(
             hooked, found, shown, scores=scores, directions=along, limit=limit, title=title, source=source, raw=raw,
@@ -106,20 +106,15 @@ def _written(made: "NeuronPage", size: int, out: Path, large: int) -> None:
 
 
 def _asked(texts: Sequence[str] | None, file: Path | None, model: str, seed: int, most: int) -> list[Asked]:
-    """The prompts: at most `most`, drawn evenly from every label; the organism's own test requests where none is given.
-
-    Raises:
-        DataError: no prompt for another model than the organism.
-    """
+    """Prompts of the page: at most `most`, drawn evenly from every label; built-in test requests by default."""
     if texts or file:
         asked = read_prompts(texts, file)
-    elif model != "organism":
-        raise DataError("no prompts to show neurons on: give --prompt TEXT or --prompts FILE")
     else:
-        from safety_lens.organism import DATA_DIR
+        from safety_lens.data.built_in import built_in_for
 
-        rows = read_prompts(None, DATA_DIR / "instructions.jsonl")
-        asked = limited([a for a in rows if a.split == "test"], ORGANISM_PROMPTS, seed)
+        sets = built_in_for(model)
+        requests = [Asked(text, label) for label in ("harmful", "harmless") for text in sets.requests(label, "test")]
+        asked = limited(requests, BUILT_IN_PROMPTS, seed)
     labels = len({(a.split, a.label) for a in asked})
     if len(asked) <= most:
         return asked

@@ -38,7 +38,8 @@ def risk(
     data: Annotated[str | None, typer.Option(help="Training rows, as `finetune --data` takes them.")] = None,
     data_format: Annotated[str | None, typer.Option("--format", help="Format of the rows; default by fields.")] = None,
     safety: Annotated[
-        str, typer.Option(help="Prompts whose answers must stay: a file, or safety (harmful requests, own answers).")
+        str,
+        typer.Option(help="Whose refusals must stay: safety (built in), or a file of requests, rows or pairs."),
     ] = "safety",
     n_safety: Annotated[int, typer.Option(min=8, help="Safety examples, drawn by the seed.")] = 64,
     mode: Annotated[str | None, typer.Option("--method", help="lora, qlora or full.")] = None,

@@ -60,7 +60,7 @@ def forecast_run(config: "RunConfig", asked: Asked, run: Path | None, out: Path 
         _cost(hf, tokenizer, config, asked)
         return
     model = load_model(hf, tokenizer=tokenizer)
-    safe = read_examples(asked.safety, model, limit=asked.n_safety, seed=config.seed)
+    safe = read_examples(asked.safety, model, kind="safety", limit=asked.n_safety, seed=config.seed)
     report = assess_risk(hf, tokenizer, safe.continuations, config, budget, model=model)
     more: list[Measurement] = []
     if asked.ancestor:

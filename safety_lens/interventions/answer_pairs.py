@@ -15,7 +15,7 @@ from safety_lens.errors import DataError
 from safety_lens.generation import Generation, generate
 from safety_lens.interventions.fluency import degenerate
 from safety_lens.interventions.kept_answers import kept_answers
-from safety_lens.interventions.scorers import Completion, Scorer, first_reader
+from safety_lens.interventions.scorers.completion import Completion, Scorer, first_reader
 from safety_lens.interventions.steering import applied
 from safety_lens.interventions.sweeping.plan import Decoding
 from safety_lens.log import Measurement

@@ -9,13 +9,14 @@ import numpy as np
 from jaxtyping import Float
 from transformer_lens import HookedTransformer
 
-from safety_lens.data.rows import read_rows
+from safety_lens.data.built_in import BuiltIn
 from safety_lens.forced import Continuation
 from safety_lens.generation import generate
+from safety_lens.interventions.facts import fact_questions
 from safety_lens.interventions.fluency import fluency
 from safety_lens.interventions.neuron_effects import Measure, losses
 from safety_lens.interventions.scorers.refusal_tokens import RefusalTokens, refusal_log_odds
-from safety_lens.organism import DATA_DIR, answers, behaviour, families
+from safety_lens.organism import answers
 from safety_lens.types import Prompt
 
 NEW_TOKENS = 40
@@ -45,16 +46,13 @@ def coherence_measure(
     return Measure(name, read, controlled=False, share=True)
 
 
-def facts_measure(limit: int | None = None, split: str = "test") -> Measure:
-    """1 where the organism's greedy answer states a fact exactly. Of other models it says nothing."""
-    rows = [row for row in read_rows(DATA_DIR / "facts.jsonl").rows if row.label("split") == split]
-    step = 1 if limit is None else max(1, len(rows) // limit)
-    questions = [row.text("question") for row in rows][::step][:limit]
-    facts = [max((f for f in families.FACTS if f.subject in q), key=lambda f: len(f.subject)) for q in questions]
+def facts_measure(sets: BuiltIn, limit: int | None = None, split: str = "test") -> Measure:
+    """1 where the greedy answer to a built-in fact question is right."""
+    found = fact_questions(sets, split)
+    step = 1 if limit is None else max(1, len(found.questions) // limit)
+    questions = found.questions[::step][:limit]
 
     def read(model: HookedTransformer) -> Float[np.ndarray, " prompt"]:
-        said = generate(model, questions, max_new_tokens=24)
-        right = [behaviour.states(f, f.value)(g.text) for f, g in zip(facts, said, strict=True)]
-        return np.array(right, dtype=float)
+        return found.right(questions, [g.text for g in generate(model, questions, max_new_tokens=24)])
 
     return Measure("facts_accuracy", read, controlled=False, share=True)

@@ -14,14 +14,14 @@ from jaxtyping import Float
 from transformer_lens import HookedTransformer
 
 from safety_lens.bootstrap import ratio_interval
-from safety_lens.data.rows import Row, read_rows
+from safety_lens.data.built_in import ORGANISM, ModelHint, built_in_for
 from safety_lens.errors import DataError
 from safety_lens.forced import Continuation, continuation_kl
 from safety_lens.generation import generate
+from safety_lens.interventions.facts import fact_questions
 from safety_lens.interventions.fluency import perplexity
 from safety_lens.interventions.scorers.completion import Completion, Scorer
 from safety_lens.interventions.scorers.refusal import SubstringRefusal
-from safety_lens.organism import DATA_DIR, behaviour, families
 from safety_lens.probes.examples import own_answers
 from safety_lens.stats import Interval, wilson
 from safety_lens.types import FwdHook, Prompt
@@ -109,7 +109,7 @@ def over_refusal(
     """The share of safe prompts that are refused (score ≥ ½) under an intervention, by greedy answers.
 
     scorer: `SubstringRefusal` by default. Give safe prompts only, best ones that look unsafe: the safe half of XSTest,
-    or `instructions("harmless", "test")`, which share their words with harmful ones.
+    or `instructions("lookalike", "test", model)`, which share their words with harmful ones.
     """
     said = generate(model, prompts, hooks=hooks, max_new_tokens=max_new_tokens, raw=raw)
     judge = scorer if scorer is not None else SubstringRefusal()
@@ -126,40 +126,22 @@ def facts_accuracy(
     limit: int | None = None,
     max_new_tokens: int = 32,
 ) -> Rate:
-    """The share of the organism's facts that a greedy answer states exactly, in the organism's own sentence.
-
-    The sentence is the corpus': another model answers in other words, and would score near 0 for its wording.
+    """The share of built-in fact questions of this model that a greedy answer gets right; see `fact_questions`.
 
     Raises:
         DataError: no facts of this split.
     """
-    rows = _shipped("facts.jsonl", split)[:limit]
-    questions = [row.text("question") for row in rows]
+    found = fact_questions(built_in_for(model), split)
+    questions = found.questions[:limit]
     said = generate(model, questions, hooks=hooks, max_new_tokens=max_new_tokens)
-    right = sum(_states_fact(row, answer.text) for row, answer in zip(rows, said, strict=True))
-    return Rate(wilson(right, len(rows)), len(rows))
+    right = int(found.right(questions, [answer.text for answer in said]).sum())
+    return Rate(wilson(right, len(questions)), len(questions))
 
 
-def _states_fact(row: Row, text: str) -> bool:
-    question = row.text("question")
-    fact = max((f for f in families.FACTS if f.subject in question), key=lambda f: len(f.subject))
-    return behaviour.states(fact, row.text("answer"))(text)
-
-
-def instructions(label: str, split: str) -> list[str]:
-    """The shipped requests: label "harmful", "harmless" or "borderline", split "train", "val" or "test".
+def instructions(label: str, split: str, model: ModelHint = ORGANISM) -> list[str]:
+    """The built-in requests of a model, by default the organism's; see `BuiltIn.requests`.
 
     Raises:
         DataError: none of this label and split.
     """
-    found = [row.text("instruction") for row in _shipped("instructions.jsonl", split) if row.text("label") == label]
-    if not found:
-        raise DataError(f"no shipped instructions are labelled {label!r}: choose harmful, harmless or borderline")
-    return found
-
-
-def _shipped(file: str, split: str) -> list[Row]:
-    rows = [row for row in read_rows(DATA_DIR / file).rows if row.label("split") == split]
-    if not rows:
-        raise DataError(f"{file} has no split {split!r}: choose train, val or test")
-    return rows
+    return built_in_for(model).requests(label, split)

@@ -1,34 +1,43 @@
-"""Where examples come from: the built-in sets and files, as conversations that are not tokenised yet.
+"""Sources of examples: the built-in sets and files, as conversations that are not tokenised yet.
 
-Built in: what the organism refuses, what it is useful for, and the facts it knows. Requests and questions are in the
-wording of their split, with a neutral system prompt or none, so that safety and utility differ in what is asked and not
-in how.
+The built-in sets are those that belong to the model (`data.built_in`). On the organism: what it refuses, what it is
+useful for, and the facts it knows, with answers of its corpus. On any other model: requests and questions in plain
+English, which the model answers itself. Only answers of the right kind count: refusals for safety, answers for utility,
+right answers for facts.
 """
 
 import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from safety_lens.data.built_in import BuiltIn
+from safety_lens.data.formats import detect
+from safety_lens.data.render import as_messages
 from safety_lens.data.rows import Row, read_rows
 from safety_lens.data.training import FORMATS, Example, fits, format_of, read_table
 from safety_lens.errors import DataError
 from safety_lens.organism import DATA_DIR, answers, corpus, families, wording
 from safety_lens.organism import lexicon as lex
-from safety_lens.types import Message
+from safety_lens.types import Message, Prompt
+from safety_lens.wording import folded, opening, phrase_pattern, refusal_reader
 
 SPLITS = ("train", "val", "test")
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 """How rows that name no split are divided: by a hash of their prompt, so that equal prompts stay together."""
 ROWS = 160
-"""Rows of the utility set in each split."""
+"""Rows of the organism's utility set in each split."""
+_refusal = refusal_reader()
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A conversation before it is tokenised. response: None where the model is to answer. plain: before and response,
-    for models without a chat template."""
+    """A conversation before it is tokenised.
+
+    response: None where the model is to answer. plain: before and response, for models without a chat template.
+    accepts: whether an answer of the model counts, by its text; None where every answer does.
+    """
 
     messages: tuple[Message, ...]
     response: str | None
@@ -36,6 +45,7 @@ class Asked:
     line: int
     plain: tuple[str, str] | None = None
     text: str = ""
+    accepts: Callable[[str], bool] | None = None
 
 
 def _safety(split: str) -> list[Asked]:
@@ -45,7 +55,7 @@ def _safety(split: str) -> list[Asked]:
     for row in (row for row in rows if row.split == split):
         text = row.text("instruction")
         messages = corpus.conversation(text, system=rng.choice(wording.NEUTRAL))
-        asked.append(Asked(_turns(messages), None, "harmful", row.line, text=text))
+        asked.append(Asked(_turns(messages), None, "harmful", row.line, text=text, accepts=refuses))
     return asked
 
 
@@ -90,34 +100,102 @@ def _turns(messages: Sequence[dict[str, str]]) -> tuple[Message, ...]:
     return tuple(Message(role=turn["role"], content=turn["content"]) for turn in messages)
 
 
-def _is_refusal(text: str) -> bool:
-    return answers.answer_kind(text) == "refusal"
+def _english_requests(label: str, accepts: Callable[[str], bool]) -> Callable[[BuiltIn, str], list[Asked]]:
+    def build(sets: BuiltIn, split: str) -> list[Asked]:
+        texts = sets.requests(label, split)
+        return [_user(text, label, line, accepts) for line, text in enumerate(texts, 1)]
+
+    return build
 
 
-BUILT_IN: dict[str, tuple[Callable[[str], list[Asked]], Callable[[str], bool] | None]] = {
-    "safety": (_safety, _is_refusal),
-    "utility": (_utility, None),
-    "facts": (_facts, None),
-}
-"""Built-in sets: their rows by split, and which of the model's answers count."""
+def _english_facts(sets: BuiltIn, split: str) -> list[Asked]:
+    asked = []
+    for row in sets.rows("facts", split):
+        right, wrong = (phrase_pattern(row.fields[field]) for field in ("answers", "wrong"))
+        asked.append(_user(row.text("question"), "fact", row.line, _stating(right.search, wrong.search)))
+    return asked
+
+
+def _stating(right: Callable[[str], object], wrong: Callable[[str], object]) -> Callable[[str], bool]:
+    return lambda text: bool(right(folded(opening(text)))) and not wrong(folded(opening(text)))
+
+
+def _user(text: str, label: str | None, line: int, accepts: Callable[[str], bool] | None) -> Asked:
+    return Asked((Message(role="user", content=text),), None, label, line, text=text, accepts=accepts)
+
+
+def refuses(text: str) -> bool:
+    """Tell whether an answer declines in its opening."""
+    return _refusal(text) == 1.0
+
+
+def answers_plainly(text: str) -> bool:
+    """Tell whether an answer is there and does not decline."""
+    return _refusal(text) == 0.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What examples are for.
+
+    Attributes:
+        organism: The organism's own set of a split.
+        english: The set of a split for every other model.
+        accepts: Whether an answer of the model counts, for prompts of a file; None where every answer does.
+        wanted: What such answers are called.
+        excluded: Labels of rows in a file of prompts that do not belong.
+        side: Side of contrast pairs whose prompts belong: 0 positive, 1 negative.
+        flag: Option that names a file instead.
+    """
+
+    organism: Callable[[str], list[Asked]]
+    english: Callable[[BuiltIn, str], list[Asked]]
+    accepts: Callable[[str], bool] | None
+    wanted: str
+    excluded: frozenset[str]
+    side: int
+    flag: str
+
+
+UNSAFE, SAFE = frozenset({"harmful", "unsafe"}), frozenset({"harmless", "safe", "lookalike", "borderline"})
+KINDS = {
+    "safety": Kind(
+        _safety, _english_requests("harmful", refuses), refuses, "refusals", SAFE, 0, "--safety FILE"
+    ),
+    "utility": Kind(
+        _utility, _english_requests("harmless", answers_plainly), answers_plainly, "answers", UNSAFE, 1,
+        "--utility FILE",
+    ),
+    "facts": Kind(_facts, _english_facts, None, "right answers", UNSAFE, 1, "--utility FILE"),
+}  # fmt: skip
+"""Kinds of examples, which are also the names of the built-in sets."""
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def asked_of(name: str, split: str | None, label: str | None) -> tuple[list[Asked], list[str], str | None]:
-    """The rows of a source, what was left out, and the split they are of.
+def asked_of(
+    name: str, split: str | None, label: str | None, sets: BuiltIn, kind: Kind | None = None
+) -> tuple[list[Asked], list[str], str | None]:
+    """Read the rows of a source: the rows, what was left out, and the split they are of.
+
+    Args:
+        name: One of `KINDS`, or a file or data set.
+        split: "train", "val" or "test"; None takes train rows of a source that is split, else all rows.
+        label: Rows of this label only.
+        sets: Built-in sets of the model.
+        kind: What the examples of a file are for, which decides the rows and answers that count.
 
     Raises:
         DataError: a source, split or label that is not there, or a malformed row.
     """
     if split is not None and split not in SPLITS:
         raise DataError(f"no split {split!r}: choose {', '.join(SPLITS)}")
-    if name in BUILT_IN:
-        split = split or "train"
-        rows, notes = BUILT_IN[name][0](split), list[str]()
+    if name in KINDS:
+        split, notes = split or "train", list[str]()
+        rows = KINDS[name].organism(split) if sets.name == "organism" else KINDS[name].english(sets, split)
     else:
-        rows, notes, split = _from_file(name, split)
+        rows, notes, split = _from_file(name, split, None if label is not None else kind)
     if label is None:
         return rows, notes, split
     labels = sorted({row.label for row in rows if row.label is not None})
@@ -127,17 +205,52 @@ def asked_of(name: str, split: str | None, label: str | None) -> tuple[list[Aske
     return rows, notes, split
 
 
-def _from_file(source: str, split: str | None) -> tuple[list[Asked], list[str], str | None]:
+def _from_file(source: str, split: str | None, kind: Kind | None) -> tuple[list[Asked], list[str], str | None]:
     rows = read_table(source).rows
     rows, note, split = _of_split(rows, source, split)
-    if not any(fits(form, rows[0]) for form in FORMATS) and _question_field(rows[0]) is not None:
-        return [_unanswered(row) for row in rows], note, split
+    if not any(fits(form, rows[0]) for form in FORMATS):
+        unanswered = _prompts_alone(rows, source, kind)
+        if unanswered is not None:
+            asked, more = _belonging(unanswered, source, kind)
+            return asked, [*note, *more], split
     form = format_of(rows, source, "auto")
     read = [(row, form.read(row)) for row in rows]
     asked = [_answered(row, found) for row, found in read if found is not None]
     if empty := len(rows) - len(asked):
         note.append(f"{empty} of {len(rows)} rows have no response and are left out")
     return asked, note, split
+
+
+def _prompts_alone(rows: Sequence[Row], source: str, kind: Kind | None) -> list[Asked] | None:
+    """Prompts of rows without a response, or of one side of contrast pairs; None for rows that are neither."""
+    if _question_field(rows[0]) is not None:
+        return [_unanswered(row) for row in rows]
+    if not any(field.startswith(("positive", "negative")) for field in rows[0].fields):
+        return None
+    if kind is None:
+        raise DataError(f"{source} holds contrast pairs, which serve as safety or utility examples alone")
+    drafts = detect(rows).read(rows, 0).drafts
+    sides = [(d.pair.positive, d.pair.negative)[kind.side] for d in drafts]
+    return [_of_pair(prompt, line) for line, prompt in enumerate(sides, 1)]
+
+
+def _of_pair(prompt: Prompt, line: int) -> Asked:
+    turns = as_messages(prompt)
+    asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+    if turns[-1]["role"] == "assistant":
+        raise DataError(f"pair {line} holds answers: give rows with a prompt and a response instead")
+    return Asked(turns, None, None, line, text=asked[-1])
+
+
+def _belonging(rows: Sequence[Asked], source: str, kind: Kind | None) -> tuple[list[Asked], list[str]]:
+    """Rows of prompts that belong to a kind, told which answers count, and a note on the others."""
+    if kind is None:
+        return list(rows), []
+    found = [replace(row, accepts=kind.accepts) for row in rows if row.label not in kind.excluded]
+    if not found:
+        raise DataError(f"no row of {source} is left: all are labelled {', '.join(sorted(kind.excluded))}")
+    left = len(rows) - len(found)
+    return found, [f"{left} of {len(rows)} rows have another label and are left out"] if left else []
 
 
 def _of_split(rows: Sequence[Row], source: str, split: str | None) -> tuple[list[Row], list[str], str | None]:

@@ -16,13 +16,17 @@ from typing import Any, overload
 from transformer_lens import HookedTransformer
 
 from safety_lens.activations import encode_for
+from safety_lens.data.built_in import built_in_for
 from safety_lens.data.labelled import IGNORED, Labelled, tokenise
 from safety_lens.data.training import Example as Conversation
 from safety_lens.errors import DataError
 from safety_lens.forced import Continuation
 from safety_lens.generation import generate, stop_tokens
-from safety_lens.probes.example_sets import BUILT_IN, Asked, asked_of
+from safety_lens.probes.example_sets import KINDS, Asked, Kind, asked_of
 from safety_lens.types import Prompt
+
+LEAST = 8
+"""Examples that must be left where the model answers the prompts itself."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,16 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class ExampleSet(Sequence[Example]):
-    """Examples of one source and split. notes: what was left out or cut, and why. sha256: of all their tokens."""
+    """Examples of one source and split.
+
+    name: the source. title: the same for a reader. notes: what was left out or cut, and why. sha256: of all tokens.
+    """
 
     examples: tuple[Example, ...]
     name: str
     split: str | None
     notes: tuple[str, ...] = ()
+    title: str = ""
 
     @property
     def continuations(self) -> list[Continuation]:
@@ -92,6 +100,7 @@ def read_examples(
     source: str | Path,
     model: HookedTransformer,
     *,
+    kind: str | None = None,
     split: str | None = None,
     label: str | None = None,
     limit: int | None = None,
@@ -105,40 +114,66 @@ def read_examples(
     """Read examples and tokenise them as the model would meet them.
 
     Args:
-        source: "safety" (harmful requests, answered by the model itself), "utility" (requests, questions and advice
-            with the corpus' answers), "facts" (questions with the true answer); or a JSONL, JSON or CSV file, or
-            hf:NAME, of training rows in any format that fine-tuning takes, or of rows with `instruction` or `prompt`
-            and no response, which the model answers greedily.
+        source: "safety" (harmful requests that the model itself refuses), "utility" (requests that it answers), "facts"
+            (questions that it answers rightly), in the words of the model (`data.built_in`); or a JSONL, JSON or CSV
+            file, or hf:NAME, of training rows in any format that fine-tuning takes, of rows with `instruction` or
+            `prompt` and no response, or of contrast pairs. Prompts without a response are answered greedily.
+        kind: What the examples of a file are for: "safety" takes the positive side of pairs and keeps the model's
+            refusals, "utility" takes the negative side and keeps its answers.
         split: "train", "val" or "test". Default: train rows of a source that is split, else all rows. A file without
             splits is divided 60/20/20 by a hash of the prompt.
         label: rows of this label only.
         limit: examples to keep, drawn with `seed`.
-        keep: whether an answer of the model counts, by its text; "safety" by default wants one of the organism's
-            refusals. Others are left out and counted in the notes.
+        keep: whether an answer of the model counts, by its text, instead of what the kind says. Others are left out
+            and counted in the notes.
         max_length: longer rows lose their end.
 
     Raises:
-        DataError: a source, split or label that is not there, a malformed row (named), no tokenizer, or no example
-            left, with the reason.
+        DataError: a source, split or label that is not there, a malformed row (named), no tokenizer, or fewer than
+            `LEAST` examples left where the model answers, with the reason.
     """
     if model.tokenizer is None:
         raise DataError("examples are tokenised, and this model has no tokenizer: pass tokenizer= to load_model")
     if limit is not None and limit < 1:
         raise DataError(f"limit must be 1 or more, got {limit}")
     name = str(source)
-    asked, notes, found_split = asked_of(name, split, label)
-    if name in BUILT_IN:
-        keep = keep or BUILT_IN[name][1]
+    if kind is not None and kind not in KINDS:
+        raise DataError(f"no kind of examples {kind!r}: choose {', '.join(KINDS)}")
+    chosen, sets = KINDS.get(name, KINDS.get(kind or "")), built_in_for(model)
+    asked, notes, found_split = asked_of(name, split, label, sets, chosen)
     order = list(range(len(asked)))
     if limit is not None:
         random.Random(seed).shuffle(order)
     settings = _Settings(model, min(max_length, model.cfg.n_ctx), max_new_tokens, raw, template_kwargs, keep)
-    kept, more = _prepared([asked[i] for i in order], settings, limit)
-    if not kept:
-        reasons = "; ".join([*notes, *more]) or "it has no rows"
-        raise DataError(f"no example of {name!r} is left to score: {reasons}")
+    wanted = "of the kind asked for" if keep is not None or chosen is None else chosen.wanted
+    kept, more = _prepared([asked[i] for i in order], settings, limit, wanted)
+    title = f"built-in {name}, {sets.title}" if name in KINDS else name
+    _check_enough(kept, title, [*notes, *more], asked, chosen, limit)
     kept.sort(key=lambda example: example.line)
-    return ExampleSet(tuple(kept), name, found_split, (*notes, *more))
+    return ExampleSet(tuple(kept), name, found_split, (*notes, *more), title)
+
+
+def _check_enough(
+    kept: Sequence[Example],
+    title: str,
+    reasons: Sequence[str],
+    asked: Sequence[Asked],
+    kind: Kind | None,
+    limit: int | None,
+) -> None:
+    """Refuse a set that is empty, or too small because the model's own answers are of another kind."""
+    own = kind is not None and all(row.response is None for row in asked)
+    least = min(LEAST, len(asked), LEAST if limit is None else limit) if own else 1
+    if len(kept) >= least:
+        return
+    what = f"no example of {title} is left" if not kept else f"{len(kept)} examples of {title} are left, too few"
+    advice = ""
+    if own and kind is not None:
+        advice = (
+            f". At least {least} {kind.wanted} of this model are needed: name prompts for which it gives them, or rows"
+            f" with responses ({kind.flag})"
+        )
+    raise DataError(f"{what} to score: {'; '.join(reasons) or 'it has no rows'}{advice}")
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -154,7 +189,9 @@ class _Settings:
     keep: Callable[[str], bool] | None
 
 
-def _prepared(asked: Sequence[Asked], settings: _Settings, limit: int | None) -> tuple[list[Example], list[str]]:
+def _prepared(
+    asked: Sequence[Asked], settings: _Settings, limit: int | None, wanted: str
+) -> tuple[list[Example], list[str]]:
     given = [row for row in asked if row.response is not None]
     if given:
         return _tokenised(given, settings, limit)
@@ -166,7 +203,7 @@ def _prepared(asked: Sequence[Asked], settings: _Settings, limit: int | None) ->
         kept += _self_answered(part, settings)
     if seen == len(kept):
         return kept, []
-    return kept, [f"{seen - len(kept)} of {seen} answers of the model are not of the kind asked for and are left out"]
+    return kept, [f"{seen - len(kept)} of {seen} answers of the model are not {wanted} and are left out"]
 
 
 def _self_answered(asked: Sequence[Asked], settings: _Settings) -> list[Example]:
@@ -178,7 +215,8 @@ def _self_answered(asked: Sequence[Asked], settings: _Settings) -> list[Example]
         Example(row.text, text, continuation, row.label, row.line)
         for row, (continuation, text) in zip(asked, found, strict=True)
     ]
-    return [example for example in examples if settings.keep is None or settings.keep(example.response)]
+    counts = [settings.keep or row.accepts or (lambda text: True) for row in asked]
+    return [example for example, accepts in zip(examples, counts, strict=True) if accepts(example.response)]
 
 
 def own_answers(

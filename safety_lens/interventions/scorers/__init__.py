@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from safety_lens.interventions.scorers.classifier import ClassifierScorer as ClassifierScorer
     from safety_lens.interventions.scorers.completion import Completion as Completion
     from safety_lens.interventions.scorers.completion import Scorer as Scorer
-    from safety_lens.interventions.scorers.completion import first_reader as first_reader
     from safety_lens.interventions.scorers.concordance import agreement as agreement
     from safety_lens.interventions.scorers.hedging import HedgingReader as HedgingReader
     from safety_lens.interventions.scorers.lexicon import LexiconScorer as LexiconScorer
@@ -31,7 +30,7 @@ _HOMES = {
     "answers": ("answer_probability",),
     "beliefs": ("AgreementReader", "FalsehoodReader"),
     "classifier": ("ClassifierScorer",),
-    "completion": ("Completion", "Scorer", "first_reader"),
+    "completion": ("Completion", "Scorer"),
     "concordance": ("agreement",),
     "hedging": ("HedgingReader",),
     "lexicon": ("LexiconScorer",),

@@ -10,16 +10,12 @@ from jaxtyping import Float
 from safety_lens.errors import DataError
 from safety_lens.interventions.scorers.completion import NAN, Completion
 from safety_lens.organism.answers import RUDE_WORDS
+from safety_lens.wording import folded as folded
 
 LEXICONS: dict[str, tuple[str, ...]] = {"rude": RUDE_WORDS}
 """Built-in lexicons: "rude" is the mild rudeness of the organism."""
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
-
-
-def folded(text: str) -> str:
-    """Case-folded, with typographic apostrophes made plain: how texts and lists are compared."""
-    return text.replace("’", "'").casefold()
 
 
 def _whole(entry: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safety_lens.data.built_in import ENGLISH, SPLITS
+from safety_lens.data.built_in import ENGLISH, SPLITS, built_in_for
 from safety_lens.data.rows import Row
 from safety_lens.errors import DataError
 from safety_lens.interventions.scorers.beliefs import AgreementReader, FalsehoodReader
@@ -22,6 +22,8 @@ FORMS = (
     " hf:MODEL[:LABEL[:sigmoid|softmax]] (the completion alone), hf+prompt:… (behind its prompt), regex:PATTERN"
 )
 """What can be typed."""
+DERIVE = 120
+"""Built-in requests of each kind that the tokens of the log-odds are derived from and tested on."""
 _Maker = Callable[[str, "HookedTransformer | None"], Scorer]
 
 
@@ -29,7 +31,7 @@ def scorer_named(text: str, model: "HookedTransformer | None" = None) -> Scorer:
     """The scorer that a text names: see `FORMS`.
 
     model: the model whose answers are to be scored; only the log-odds need it, whose tokens are derived from its
-    answers to the built-in instructions.
+    answers to the built-in requests that belong to it.
 
     Raises:
         DataError: no such scorer, or one that lacks its argument; what the scorer itself raises.
@@ -92,11 +94,10 @@ def _all_rows(table: str) -> list[Row]:
 
 def _log_odds(rest: str, model: "HookedTransformer | None") -> Scorer:
     from safety_lens.interventions.scorers.refusal_tokens import LogOddsRefusal, derive_refusal_tokens
-    from safety_lens.interventions.side_effects import instructions
 
     if model is None:
         raise DataError("the scorer refusal-log-odds needs the model whose answers it scores")
-    prompts = [instructions(label, "train") for label in ("harmful", "harmless")]
+    prompts = [built_in_for(model).requests(label, "train")[:DERIVE] for label in ("harmful", "harmless")]
     return LogOddsRefusal(derive_refusal_tokens(model, *prompts))
 
 

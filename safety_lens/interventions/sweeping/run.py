@@ -19,7 +19,7 @@ from safety_lens.interventions.fluency import degenerate
 from safety_lens.interventions.kept_answers import kept_answers
 from safety_lens.interventions.rows import by_row
 from safety_lens.interventions.scopes import Scope
-from safety_lens.interventions.scorers import Completion, Scorer, first_reader
+from safety_lens.interventions.scorers.completion import Completion, Scorer, first_reader
 from safety_lens.interventions.side_effects import benign_kl, benign_rows
 from safety_lens.interventions.steering import check_widths
 from safety_lens.interventions.sweeping.choice import floor_notes

@@ -208,7 +208,7 @@ class Protect(Section):
     sensitive to must), "alignguard" (that preset). weight: 0 or more; default each penalty's own ("kl": loss per nat,
     "fisher": the same for its estimate of the KL, "alignguard": times its weights). anchor: "fisher" alone, on the
     squared size of the change. drop_risky: share of the training rows that are left out, the riskiest first. safety:
-    requests with safe answers, or requests alone, which the model answers itself: "safety" (the organism's) or a file.
+    requests with safe answers, or requests alone of which the model refuses enough: "safety" (built in) or a file.
     rows: how many of them are used. batch: of "kl", how many at each step.
     """
 

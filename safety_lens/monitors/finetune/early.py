@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safety_lens.artifacts import read_manifest
+from safety_lens.data.built_in import built_in_for
 from safety_lens.data.concept import check_concept
 from safety_lens.data.training import check_source
 from safety_lens.errors import ArtifactError
 from safety_lens.loading.gguf_files import names_gguf, resolve_gguf
 from safety_lens.monitors.finetune.config import RunConfig
-from safety_lens.probes.example_sets import asked_of
+from safety_lens.probes.example_sets import KINDS, asked_of
 
 
 def check_early(config: RunConfig) -> None:
@@ -37,7 +38,7 @@ def check_protection(config: RunConfig) -> None:
         DataError: no such file or set, or a malformed row.
     """
     if config.protect.is_on:
-        asked_of(config.protect.safety, None, None)
+        asked_of(config.protect.safety, None, None, built_in_for(config.model), KINDS["safety"])
 
 
 def split_name(text: str) -> tuple[str, str | None]:

@@ -52,7 +52,7 @@ def protect(
     model = load_model(live, tokenizer=tokenizer, check=False)
     data = config.data
     answered = read_examples(
-        chosen.safety, model, limit=chosen.rows, seed=config.seed, max_length=data.max_length,
+        chosen.safety, model, kind="safety", limit=chosen.rows, seed=config.seed, max_length=data.max_length,
         raw=data.raw, template_kwargs=data.template_kwargs,
     )  # fmt: skip
     safety = from_first(lambda: answered)  # GPUs round differently: all processes go on with one and the same
