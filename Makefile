@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CONSTRAINTS ?= -c constraints.txt
 export HF_HUB_OFFLINE ?= 1
+export SAFETY_LENS_MODELS ?= $(CURDIR)/real-models
+REAL := $(BIN)/python -m pytest -q -n 2 --dist loadfile -rs --durations 5
 
-.PHONY: demo test test-all check docs bench clean
+.PHONY: demo test test-all real test-real test-real-all check docs bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,8 +23,17 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 -m ''
+	$(BIN)/python -m pytest -q -n 2 -m 'not real and not real_large'
 	$(MAKE) docs
+
+real: $(STAMP)
+	$(BIN)/python tools/real_models.py
+
+test-real: $(STAMP)
+	$(REAL) -m real
+
+test-real-all: $(STAMP)
+	$(REAL) -m 'real or real_large'
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
