@@ -6,12 +6,14 @@ import pytest
 import torch
 import zoo
 from torch import Tensor
+from torch.testing import assert_close
 from transformer_lens import HookedTransformer
 
 from safety_lens.activations import capture, encode_for
 from safety_lens.data import Encoded
 from safety_lens.errors import DataError, ModelError, ModelMismatchError
 from safety_lens.generation import generate
+from safety_lens.interventions import weights
 from safety_lens.interventions.steering import ablate, applied, is_writing_site
 from safety_lens.interventions.weights import WRITERS, can_orthogonalize, orthogonalize
 from safety_lens.kv import left_padded
@@ -84,6 +86,23 @@ def test_the_users_model_is_bit_for_bit_what_it_was_and_shares_no_storage(name: 
     old = dict(model.named_parameters())
     for n, p in own.named_parameters():
         assert torch.equal(p, old[n]) is not n.endswith(WRITERS) or not bool(old[n].any()), n
+
+
+def test_with_share_the_weights_are_the_same_and_only_writers_take_memory() -> None:
+    model = load_model(zoo.make("llama_tied"), check=False)
+    own, shared = orthogonalize(model, direction()), orthogonalize(model, direction(), share=True)
+    old, apart = dict(model.named_parameters()), dict(own.named_parameters())
+    for n, p in shared.named_parameters():
+        assert torch.equal(p, apart[n])
+        assert (p.data_ptr() == old[n].data_ptr()) is not n.endswith(WRITERS) or not p.numel(), n
+
+
+def test_a_weight_of_many_rows_is_worked_on_in_blocks_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(zoo.make("gpt2"), check=False)
+    whole = dict(orthogonalize(model, direction()).named_parameters())
+    monkeypatch.setattr(weights, "ROWS", 7)  # divides nothing
+    for n, p in orthogonalize(model, direction()).named_parameters():
+        assert_close(p, whole[n], rtol=0, atol=1e-7)
 
 
 def test_training_the_original_afterwards_does_not_move_the_copy() -> None:

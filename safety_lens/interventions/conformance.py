@@ -166,7 +166,7 @@ def _all_hooks(model: HookedTransformer) -> Iterator[object]:
 
 def _orthogonal_is_ablated(model: HookedTransformer, encoded: list[Encoded]) -> Gap:
     d = _probe(model, encoded)
-    return gap_between(_logits(orthogonalize(model, d), encoded), _logits(model, encoded, ablate(d)))
+    return gap_between(_logits(orthogonalize(model, d, share=True), encoded), _logits(model, encoded, ablate(d)))
 
 
 CHECKS: tuple[Listed, ...] = (

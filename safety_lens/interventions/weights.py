@@ -16,14 +16,20 @@ from safety_lens.probes.directions import Direction
 
 WRITERS = ("embed.W_E", "pos_embed.W_pos", "attn.W_O", "attn.b_O", "mlp.W_out", "mlp.b_out")
 """Parameters whose last axis is the residual stream: all that is ever written into it."""
+ROWS = 4096
+"""Rows of a weight that are worked on at a time: 30 MB in float64 at a width of 896."""
 
 
-def orthogonalize(model: HookedTransformer, direction: Direction) -> HookedTransformer:
-    """A copy of the model that cannot write along the direction: W ← W − (W·u)uᵀ for every writing weight and bias.
+def orthogonalize(model: HookedTransformer, direction: Direction, *, share: bool = False) -> HookedTransformer:
+    """Return a model that cannot write along the direction: W ← W − (W·u)uᵀ for every writing weight and bias.
 
     Equal to `ablate(direction)` at every writing site, the embedding included (Arditi et al. 2024, arXiv:2406.11717,
-    section 4.1 and appendix E). All its tensors are its own; the unembedding is left alone even where it was tied to
-    the embedding. The products are taken in float64 and rounded once.
+    section 4.1 and appendix E). The unembedding is left alone even where it was tied to the embedding. The products are
+    taken in float64, block by block, and rounded once.
+
+    Args:
+        share: Share the tensors that do not write with the given model, which saves most of a copy; a change of one
+            model in place is then one of the other. By default all tensors of the result are its own.
 
     Raises:
         ModelError: a norm stands between a block's weights and the residual stream (Gemma 2 and 3): its gain would
@@ -41,13 +47,7 @@ def orthogonalize(model: HookedTransformer, direction: Direction) -> HookedTrans
             f"the direction has width {len(direction.vector)}, the residual stream {model.cfg.d_model}: a direction of"
             f" the residual stream is needed, this one was read at {direction.hook}"
         )
-    own = _own_copy(model)
-    unit = unit_of(direction.vector)
-    with torch.no_grad():
-        for name, parameter in own.named_parameters():
-            if name.endswith(WRITERS):
-                parameter.copy_(_without(parameter, unit.to(parameter.device)))
-    return own
+    return _with_writers(model, unit_of(direction.vector), share)
 
 
 def can_orthogonalize(model: HookedTransformer) -> bool:
@@ -56,17 +56,28 @@ def can_orthogonalize(model: HookedTransformer) -> bool:
 
 
 def _without(weight: Float[Tensor, "*rows d_model"], unit: Float[Tensor, " d_model"]) -> Float[Tensor, "*rows d_model"]:
-    wide = weight.double()
-    return (wide - (wide @ unit)[..., None] * unit).to(weight.dtype)
+    """Rows of a weight without the direction; only a block of rows is ever held in float64."""
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    rows = zip(weight.reshape(-1, len(unit)).split(ROWS), out.view(-1, len(unit)).split(ROWS), strict=True)
+    for given, left in rows:
+        wide = given.double()
+        left.copy_(wide - (wide @ unit)[:, None] * unit)
+    return out
 
 
-def _own_copy(model: HookedTransformer) -> HookedTransformer:
-    """The model with every tensor copied and without forward hooks; the tokenizer is shared."""
+def _with_writers(model: HookedTransformer, unit: Float[Tensor, " d_model"], share: bool) -> HookedTransformer:
+    """The model with new writing weights and without forward hooks; the tokenizer is shared."""
     shared = [model.tokenizer, getattr(model, "origin", None)]
     memo: dict[int, object] = {id(thing): thing for thing in shared if thing is not None}
-    # One by one: deepcopy would keep parameters that are views of one fused tensor as views of one new tensor.
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-    own: HookedTransformer = copy.deepcopy(model, memo)
+    with torch.no_grad():
+        # One by one: deepcopy would keep parameters that are views of one fused tensor as views of one new tensor.
+        for name, parameter in model.named_parameters():
+            tensor = parameter.detach()
+            if name.endswith(WRITERS):
+                tensor = _without(tensor, unit.to(tensor.device))
+            elif not share:
+                tensor = tensor.clone()
+            memo[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+        own: HookedTransformer = copy.deepcopy(model, memo)
     own.reset_hooks(including_permanent=True)
     return own
