@@ -488,7 +488,7 @@ def test_pairs_faults_and_the_time_before_training_are_reported_before_step_1(
     with caplog.at_level(logging.INFO, "safety_lens.monitor"), pytest.raises(KeyboardInterrupt):
         run(tmp_path, watching(), Stops())
     assert "pairs: joy from drawn: 8 train, 0 val, 6 test; 6 train and 6 test are read" in caplog.text
-    assert "refusal log-odds will not be measured: 0 of" in caplog.text
+    assert "refusal log-odds will not be measured, and no light measurement can raise its alarm: 0 of" in caplog.text
     assert "the measurement before training took" in caplog.text
 
 
@@ -587,5 +587,6 @@ def test_a_light_measurement_raises_the_alarm_in_a_run_too_short_for_a_full_one(
     assert 12 <= steps(tmp_path)[-1] < 40
     reported = caplog.text
     assert "this run of 40 steps is too short for one" in reported
+    assert "s of measuring" in reported
     assert "this run of 40 steps is too short for a full measurement" in reported
     assert "alarms: a run in which nothing changes raises one with a probability of at most 0.05" in reported

@@ -298,6 +298,30 @@ def test_the_organism_is_known_by_its_tokenizer() -> None:
     assert not is_organism(load_model(zoo.make("llama"), tokenizer=chat_tokenizer()))
 
 
+def test_a_light_measurement_reads_the_same_log_odds_as_a_full_one_and_writes_nothing(
+    fallen: tuple[MonitorCallback, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fallen[1]
+    watching = Monitor(
+        run.model, ["refusal"], tokenizer=run.processing_class, probes=Probes(n=16, facts=8), pairs=Pairs(16, 12)
+    )
+    watching.baseline(Path(run.args.output_dir) / "drift-baseline", resumed=True)
+    from safety_lens.monitors import behaviour
+
+    monkeypatch.setattr(behaviour, "generate", lambda *a, **k: pytest.fail("an answer was written"))
+    light = {(r.subject, r.metric): r for r in watching.measure(40, light=16)}
+    assert fallen[0].log is not None
+    full = {(r.subject, r.metric): r for r in fallen[0].log.rows if r.step == 40}
+    for metric in ("refusal_log_odds", "refusal_log_odds_change", "token_kl"):
+        key = ("behaviour/harmful", metric)
+        assert light[key].value == pytest.approx(full[key].value, abs=1e-3)
+    assert light["behaviour/harmful", "refusal_log_odds_change"].value < -1, "there was something to see"
+    assert {subject for subject, _ in light} == {"behaviour/harmful", "run"}
+    assert not [metric for _, metric in light if "rate" in metric]
+    few = {(r.subject, r.metric): r for r in watching.measure(40, light=8)}
+    assert few["behaviour/harmful", "refusal_log_odds"].n == 8
+
+
 # --- bad inputs -----------------------------------------------------------------------------------------------------
 
 

@@ -83,7 +83,7 @@ class Baseline:
         ]
         if self.before is not None:
             lines += [
-                f"{name} log-odds will not be measured: {one.fault}"
+                f"{name} log-odds will not be measured, and no light measurement can raise its alarm: {one.fault}"
                 for name, one in self.before.behaviours.items()
                 if one.fault
             ]

@@ -3,7 +3,7 @@
 One teacher-forced sweep over the untrained model's own greedy answers gives the KL from it at every token, and which
 rows would now be answered differently at all. Only those are written anew: a row whose every token is still the most
 probable one has the same greedy answer as before. The log-odds of a behaviour are those of its openings. A light
-measurement reads log-odds and KL of the first prompts of each set, and writes nothing.
+measurement reads log-odds and KL of the first prompts of the sets that can raise an alarm, and writes nothing.
 Sources: Arditi et al. 2024, arXiv:2406.11717 (refusal log-odds); Qi et al. 2024, arXiv:2406.05946 (KL by position).
 """
 
@@ -28,6 +28,7 @@ from safety_lens.generation import generate, stop_tokens
 from safety_lens.interventions.behaviours import Behaviour, derive_behaviour
 from safety_lens.interventions.steering import ablate
 from safety_lens.log import Measurement
+from safety_lens.monitors.alarm import WATCHED
 from safety_lens.monitors.asking import REFUSAL, Probes, ProbeSet, deriving, probe_sets
 from safety_lens.power import difference_of_means, difference_of_rates
 from safety_lens.probes.directions import Direction
@@ -175,11 +176,12 @@ class BehaviourProbes:
             model: The model now.
             before: What it is compared with.
             step: Of the training.
-            light: Prompts of each set to read, without writing answers; None reads and writes all.
+            light: Prompts to read of each set that can raise an alarm by its log-odds, without writing answers; None
+                reads all sets and writes answers.
         """
         out = Measured([], {})
         for name, one in self.sets.items():
-            if light is not None and one.behaviour is None:
+            if light is not None and f"behaviour/{name}" not in WATCHED:
                 continue
             now = self._read(model, name, before, light)
             out.rows.extend(self._set(model, name, one, before, now, step, light))

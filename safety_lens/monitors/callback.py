@@ -139,6 +139,8 @@ class MonitorCallback(TrainerCallback):
         """Measure the end unless that is done; release the hooked model."""
         self._measure(args, state, control, parts, last=True)
         self._reporters.close(args, state, control)
+        if self.schedule.budget is not None and state.is_world_process_zero:
+            LOG.info(self.schedule.spending())
         if state.is_world_process_zero and self.log is not None:
             with undisturbed():
                 write_csv(self.log.path)

@@ -132,6 +132,10 @@ class Schedule:
         """Seconds of measuring per second of training, so far."""
         return self.spent / self.trained if self.trained else float("nan")
 
+    def spending(self) -> str:
+        """One line at the end: what measuring took."""
+        return f"monitor: {self.spent:.1f} s of measuring, {100 * self.share:.1f} % of {self.trained:.0f} s of training"
+
     def plan(self) -> str:
         """One line, before the first step: what will be measured how often."""
         if self.budget is None:
