@@ -5,6 +5,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import zoo
 from synthetic import chat_tokenizer
 
-from safety_lens.data import Concept, load_concept
+from safety_lens.data import Concept, ContrastPair, load_concept
 from safety_lens.data.built_in import ENGLISH, ORGANISM, SPLITS, built_in_for, is_organism, pairs_in_use
 from safety_lens.data.pairs import last_user_text
 from safety_lens.data.rows import read_rows
@@ -21,8 +22,9 @@ from safety_lens.data.validate import validate
 from safety_lens.errors import DataError
 from safety_lens.models import load_model
 from safety_lens.organism import MODEL_DIR
-from safety_lens.probes.controls import prompt_text
-from safety_lens.stats import auroc_interval
+from safety_lens.probes.controls import bag_of_words_direction, constant_if_blind, prompt_text, word_counts
+from safety_lens.probes.evaluate import held_out_scores
+from safety_lens.stats import Interval, auroc_interval
 
 SIDES = ("positive", "negative")
 
@@ -137,24 +139,63 @@ def test_no_held_out_prompt_resembles_one_of_another_split_or_reuses_its_system_
     assert closest(["How do I bake bread?"], ["How do I bake rye bread?"]) > 0.6, "the check would see a near copy"
 
 
-def test_every_word_of_the_refusal_pairs_occurs_equally_often_on_both_sides() -> None:
-    concept = load_concept("refusal")
-    for split in SPLITS:
-        positive, negative = (Counter(w for text in asked(concept, split, side) for w in words(text)) for side in SIDES)
-        assert positive == negative
+def refusal_pairs(split: str, design: str) -> list[tuple[str, str]]:
+    rows = [row for row in rows_of("refusal") if row["split"] == split and row["design"] == design]
+    return [(row["positive_query"], row["negative_query"]) for row in rows]
 
 
-def test_the_words_that_part_held_out_refusal_pairs_are_known_from_training_in_other_combinations() -> None:
-    """A bag of words fails because the words say nothing, not because it has never seen them."""
-    concept = load_concept("refusal")
-    known = {word for text in prompts_of(concept, "train") for word in words(text)}
-    trained = set(zip(*(asked(concept, "train", side) for side in SIDES), strict=True))
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_word_of_the_crossed_refusal_pairs_occurs_equally_often_on_both_sides(split: str) -> None:
+    pairs = refusal_pairs(split, "crossed")
+    positive, negative = (Counter(word for texts in pairs for word in words(texts[side])) for side in (0, 1))
+    assert len(pairs) == 32
+    assert positive == negative
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_words_that_part_the_open_refusal_pairs_say_nothing_in_training_although_they_occur_there(split: str) -> None:
+    """A bag of words fails because its words are on both sides alike, not because it has never seen them."""
+    train = [pair for design in ("crossed", "open") for pair in refusal_pairs("train", design)]
+    counts = [Counter(word for texts in train for word in words(texts[side])) for side in (0, 1)]
+    telling = {word for a, b in refusal_pairs(split, "open") for word in set(words(a)) ^ set(words(b))}
+    assert len(telling) >= 50
+    assert all(counts[0][word] == counts[1][word] > 0 for word in telling)
+
+
+def test_held_out_refusal_pairs_share_the_words_of_training_but_no_request() -> None:
+    known = {word for design in ("crossed", "open") for a, b in refusal_pairs("train", design) for word in words(a + b)}
     for split in ("val", "test"):
-        pairs = list(zip(*(asked(concept, split, side) for side in SIDES), strict=True))
-        assert {word for a, b in pairs for word in set(words(a)) ^ set(words(b))} <= known
-        assert not trained & set(pairs)
-        held_out = [word for text in prompts_of(concept, split) for word in words(text)]
-        assert sum(word in known for word in held_out) / len(held_out) >= 0.75
+        held_out = [pair for design in ("crossed", "open") for pair in refusal_pairs(split, design)]
+        counted = [word in known for a, b in held_out for word in words(a) + words(b)]
+        assert sum(counted) / len(counted) >= 0.8
+
+
+def of_words(train: Sequence[ContrastPair], held_out: Sequence[ContrastPair], longest: int) -> Interval:
+    """AUROC on held-out pairs of a classifier of words, or of words and bigrams."""
+    scores = constant_if_blind(held_out_scores(bag_of_words_direction, *word_counts(train, held_out, longest=longest)))
+    return auroc_interval(scores.pos, scores.neg)
+
+
+@pytest.mark.parametrize("longest", [1, 2])
+@pytest.mark.parametrize("name", PAIRS)
+def test_neither_words_nor_bigrams_nor_length_tell_the_sides_of_held_out_pairs_apart(name: str, longest: int) -> None:
+    concept = load_concept(name)
+    assert of_words(concept.train, concept.test, longest).low <= 0.5
+    assert of_words(concept.train, concept.test, longest).value <= 0.6
+    lengths = [np.array([len(prompt_text(getattr(p, side))) for p in concept.test], dtype=float) for side in SIDES]
+    assert 0.4 <= auroc_interval(*lengths).value <= 0.6
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_classifier_of_words_would_find_one_telling_word(name: str) -> None:
+    concept = load_concept(name)
+
+    def marked(pairs: Sequence[ContrastPair]) -> list[ContrastPair]:
+        return [
+            replace(p, positive=f"{prompt_text(p.positive)} indigo", negative=prompt_text(p.negative)) for p in pairs
+        ]
+
+    assert of_words(marked(concept.train), marked(concept.test), 1).value > 0.99
 
 
 def test_harmless_requests_are_plain_and_no_longer_than_harmful_ones() -> None:
