@@ -74,8 +74,9 @@ def test_quantised_weights_are_dequantised_as_transformers_does_it_and_named(tmp
     assert model.origin.quantization == fingerprint(model)["quantization"] == "Q8_0"
 
 
-def test_the_tokenizer_and_its_template_are_those_of_the_file(llama: Path) -> None:
+def test_the_tokenizer_and_its_template_are_those_of_the_file(llama: Path, capfd: pytest.CaptureFixture[str]) -> None:
     _, ours = load_hf(llama)
+    assert capfd.readouterr() == ("", "")  # no progress bar where nobody watches
     theirs = AutoTokenizer.from_pretrained(llama.parent, gguf_file=llama.name)
     assert ours is not None
     assert ours.get_vocab() == theirs.get_vocab() == {token: i for i, token in enumerate(TOKENS)}

@@ -110,16 +110,13 @@ def validate(
 
 
 def _load_tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
     from safety_lens.errors import ModelError
-    from safety_lens.organism import MODEL_DIR
+    from safety_lens.loading.hub import read_tokenizer, resolve
 
-    try:
-        return AutoTokenizer.from_pretrained(MODEL_DIR if name == "organism" else name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"cannot load a tokenizer from {name}: {reason}. Give a folder that holds one") from error
+    found = read_tokenizer(name if Path(name).expanduser().is_dir() else resolve(name).base)  # also a tokenizer alone
+    if found is None:
+        raise ModelError(f"cannot load a tokenizer from {name}: it holds no tokenizer's files. Give a folder that does")
+    return found
 
 
 def _written(out: Path, rows: Sequence[dict[str, Any]], notes: Sequence[str], as_json: bool) -> None:

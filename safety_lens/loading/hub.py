@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
@@ -179,8 +181,14 @@ def _weights_of(base: str) -> Iterator[tuple[str, dict[str, str]]]:
         refuse_pickles(Path(base).expanduser())
         yield base, {}
         return
+    drawn = modeling_gguf_pytorch_utils.tqdm
     with alone(gguf_path(base)) as link:
-        yield str(link.parent), {"gguf_file": link.name}
+        # transformers draws a bar while it dequantises, into log files as well; None: on terminals alone
+        modeling_gguf_pytorch_utils.tqdm = partial(drawn, disable=None)
+        try:
+            yield str(link.parent), {"gguf_file": link.name}
+        finally:
+            modeling_gguf_pytorch_utils.tqdm = drawn
 
 
 def gguf_path(base: str) -> Path:
