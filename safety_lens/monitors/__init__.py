@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from safety_lens.monitors.alarm import Limits as Limits
     from safety_lens.monitors.alarm import StopRule as StopRule
     from safety_lens.monitors.alarm import Verdict as Verdict
     from safety_lens.monitors.asking import Probes as Probes
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from safety_lens.monitors.readings import Pairs as Pairs
 
 _HOMES = {
-    "alarm": ("StopRule", "Verdict"),
+    "alarm": ("Limits", "StopRule", "Verdict"),
     "asking": ("Probes",),
     "audit": ("audit_adapter",),
     "baseline": ("Baseline",),
