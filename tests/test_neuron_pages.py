@@ -16,6 +16,7 @@ import zoo
 from typer.testing import CliRunner
 
 from safety_lens.cli import neurons_page
+from safety_lens.data.built_in import ENGLISH
 from safety_lens.errors import DataError, HookNameError, ModelMismatchError
 from safety_lens.models import load_model
 from safety_lens.probes.attribution.scores import Scores
@@ -518,11 +519,16 @@ def test_the_command_projects_tokens_on_the_direction_of_a_concept(tmp_path: Pat
     assert data["prompts"][0]["harmful"]
 
 
+def test_without_prompts_a_page_shows_built_in_requests_in_the_words_of_the_model() -> None:
+    english = neurons_page._asked(None, None, "elsewhere", 0, 9)
+    assert {a.label for a in english} == {"harmful", "harmless", "lookalike"}
+    assert {a.text for a in english if a.label == "harmful"} <= set(ENGLISH.requests("harmful", "test"))
+
+
 def test_the_command_names_what_is_wrong(tmp_path: Path) -> None:
     cases = [
         (["--out", "x.html"], "nothing to show"),
         (["--out", "x.json", "--concept", "refusal"], "ends in .html"),
-        (["--out", "x.html", "--concept", "refusal", "--model", "elsewhere"], "no prompts"),
     ]
     for arguments, message in cases:
         assert message in str(run(*arguments).exception)

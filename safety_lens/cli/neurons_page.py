@@ -113,7 +113,8 @@ def _asked(texts: Sequence[str] | None, file: Path | None, model: str, seed: int
         from safety_lens.data.built_in import built_in_for
 
         sets = built_in_for(model)
-        requests = [Asked(text, label) for label in ("harmful", "harmless") for text in sets.requests(label, "test")]
+        kinds = ("harmful", "harmless", "borderline" if "borderline" in sets.sources else "lookalike")
+        requests = [Asked(text, label) for label in kinds for text in sets.requests(label, "test")]
         asked = limited(requests, BUILT_IN_PROMPTS, seed)
     labels = len({(a.split, a.label) for a in asked})
     if len(asked) <= most:

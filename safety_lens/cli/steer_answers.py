@@ -100,6 +100,10 @@ def show_answers(
         from safety_lens.report.steering_tables import change_table
 
         terminal.out.print(change_table(measured))
+        for row in measured:
+            if row.note is not None and row.metric.endswith("/change"):
+                name = row.metric.removesuffix("/change")
+                terminal.out.print(f"! {name}, {row.split}: {row.note}", markup=False, soft_wrap=True)
     if given["out"] is not None:
         terminal.out.print(f"written: {given['out']}", markup=False, soft_wrap=True)
 

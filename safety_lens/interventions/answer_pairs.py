@@ -85,7 +85,7 @@ class AnswerPairs:
                     "p": UNKNOWN._replace(value=_p_of(edited - plain, seed)),
                 }
                 unread = int(mask.sum() - both.sum())
-                note = f"{unread} of {mask.sum()} prompts could not be scored" if unread else None
+                note = f"{unread} of {mask.sum()} prompts have an answer that could not be read" if unread else None
                 for what, interval in numbers.items():
                     more = {"n": int(both.sum()), "split": group, "note": note, "seed": seed, **place}
                     rows.append(Measurement(subject, f"{name}/{what}", *interval, **more))
