@@ -55,6 +55,7 @@ def extract(
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items() if k != "check_place"}
     check_place(out, "directions", overwrite)
     concepts = _concepts(concept, pairs, model, seed, raw)
+    terminal.print_pairs(concepts)
     wanted_layers = parse_layers(layers)
     terminal.quiet_libraries()
 

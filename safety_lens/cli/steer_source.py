@@ -43,6 +43,7 @@ def read_source(
     Raises:
         DataError: an artifact with several sets, none of them named. ModelMismatchError: of another model.
     """
+    from safety_lens.cli import terminal
     from safety_lens.data import load_concept
     from safety_lens.interventions.gguf import read_directions
     from safety_lens.models import hooks_at
@@ -63,6 +64,7 @@ def read_source(
         behind = _behind(model, artifact, fitting[0].concept, seed)
         return Source(fitting[0], None, *((None, None) if behind is None else _texts(behind)))
     concept = load_concept(str(name), model=model, seed=seed, raw=True if raw else None)
+    terminal.print_pairs([concept])
     acts = read_concepts(model, [concept], hooks_at(model, point), positions=parse_positions(positions))[0]
     found = directions_from(model, acts, method=method, seed=seed, null_repeats=20)
     return Source(found, acts, *_texts(concept))

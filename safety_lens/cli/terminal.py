@@ -3,11 +3,15 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from safety_lens.data import Concept
 
 PROCESS = int(os.environ.get("RANK", "0"))
 """The number of this process under torchrun or `accelerate launch`; the first, 0, speaks for all."""
@@ -26,6 +30,14 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)
+
+
+def print_pairs(concepts: "Sequence[Concept]") -> None:
+    """Print which pairs are in use, a line for each concept, on stderr."""
+    from safety_lens.data.built_in import pairs_in_use
+
+    for concept in concepts:
+        err.print(f"pairs: {pairs_in_use(concept)}", markup=False, soft_wrap=True)
 
 
 class _Printed(logging.Handler):
