@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,20 +19,22 @@ from transformers import PreTrainedModel
 from safety_lens import cli
 from safety_lens.activations import encode_for
 from safety_lens.data import Concept, load_concept
-from safety_lens.errors import DataError
-from safety_lens.interventions.causality.behaviour import TokenLogOdds, derive_log_odds, next_logprobs
+from safety_lens.interventions.behaviours import Behaviour, Opening, Openings
+from safety_lens.interventions.causality.controls import shuffled_labels, variance_matched
 from safety_lens.interventions.causality.limits import Limits
 from safety_lens.interventions.causality.selector import causal_selector
 from safety_lens.interventions.causality.use import CausalUse, clustered_mean, resume_layer
 from safety_lens.interventions.steering import steer
-from safety_lens.interventions.sweeping.controls import random_direction
+from safety_lens.interventions.sweeping.controls import random_direction, shuffled_directions
 from safety_lens.models import hooks_at, load_model
 from safety_lens.probes.directions import Direction
 from safety_lens.probes.extract import DirectionSet, directions_from
 from safety_lens.probes.reading import read_concepts
 from safety_lens.probes.selection import Candidates, Choice, by_separability
+from safety_lens.probes.store import load_directions
 
 YES, NO = 90, 91  # answer tokens of the planted model
+LIGHT = Limits(draws=19, scope="all")  # the fewest draws that can give p = 0.05
 SEEN, CLEAN, USED, IDLE, CONSTANT = 0, 1, 2, 3, 4  # dimensions of its residual stream
 
 
@@ -107,7 +109,7 @@ def candidates(change: Callable[[Direction], Direction] = lambda d: d) -> Candid
 
 
 def test_the_direction_the_model_uses_is_chosen_although_another_separates_better() -> None:
-    found = chosen(causal_selector())
+    found = chosen(causal_selector(limits=LIGHT))
     assert found.choice is not None
     assert found.choice.hook == "blocks.1.hook_resid_post"
     apart = by_separability(candidates())
@@ -121,7 +123,7 @@ def test_the_direction_the_model_uses_is_chosen_although_another_separates_bette
 
 
 def test_the_one_that_only_separates_is_measured_too_and_does_nothing() -> None:
-    found = chosen(causal_selector())
+    found = chosen(causal_selector(limits=LIGHT))
     assert found.choice is not None
     apart = by_separability(candidates()).hook
     before = values(found.choice, "behaviour_positive")[None]
@@ -131,7 +133,7 @@ def test_the_one_that_only_separates_is_measured_too_and_does_nothing() -> None:
 
 def test_random_directions_pass_nowhere_and_the_choice_says_so() -> None:
     for seed in range(2):
-        choice = causal_selector()(candidates(lambda d, s=seed: random_direction(d, s, seed=99)))
+        choice = causal_selector(limits=LIGHT)(candidates(lambda d, s=seed: random_direction(d, s, seed=99)))
         assert choice.reason.startswith("NO hook of 4 passes the causal test")
         assert values(choice, "causal_passed") == {None: 0.0}
         assert choice.hook == by_separability(candidates()).hook  # said to be taken by separability
@@ -145,9 +147,9 @@ def test_a_separating_direction_that_is_not_used_loses_to_random_ones_where_no_o
     alone = replace(
         lonely, directions={hook: Direction("joy", hook, idle, "planted")}, scores={hook: lonely.scores[hook]}
     )
-    choice = causal_selector(limits=Limits(min_induce=-100.0))(alone)
+    choice = causal_selector(limits=Limits(min_induce=-100.0, min_bypass=-100.0, draws=19, scope="all"))(alone)
     assert "1 no better than random" in choice.reason
-    assert np.isfinite(values(choice, "bypass_random")[hook])
+    assert values(choice, "bypass_random_p") == {hook: 1.0}  # nothing across it varies there, so that none was drawn
 
 
 # --- how it looks ---------------------------------------------------------------------------------------------------
@@ -157,13 +159,16 @@ def test_the_reporting_split_is_not_looked_at() -> None:
     twisted = candidates()
     worse = replace(twisted.acts.concept, test=planted_concept().train[:3])
     changed = replace(twisted, acts=replace(twisted.acts, concept=worse))
-    assert causal_selector()(twisted) == causal_selector()(changed)
+    assert causal_selector(limits=LIGHT)(twisted) == causal_selector(limits=LIGHT)(changed)
 
 
 def test_equal_seeds_give_equal_choices_and_the_model_is_left_as_found() -> None:
     model, before = planted(), {n: p.clone() for n, p in planted().named_parameters()}
     state = torch.random.get_rng_state()
-    first, second = causal_selector(seed=1)(candidates()), causal_selector(seed=1)(candidates())
+    first, second = (
+        causal_selector(limits=LIGHT, seed=1)(candidates()),
+        causal_selector(limits=LIGHT, seed=1)(candidates()),
+    )
     assert first == second
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
@@ -171,7 +176,7 @@ def test_equal_seeds_give_equal_choices_and_the_model_is_left_as_found() -> None
 
 
 def test_what_is_left_out_beforehand_is_said_and_costs_no_forward() -> None:
-    choice = causal_selector(limits=Limits(latest=0.5))(candidates())
+    choice = causal_selector(limits=Limits(latest=0.5, draws=19))(candidates())
     notes = {r.hook: r.note for r in choice.measurements if r.metric == "causal_eligible"}
     assert notes["blocks.3.hook_resid_post"] is not None
     assert notes["blocks.3.hook_resid_post"].startswith("too late")
@@ -189,7 +194,7 @@ def test_a_near_duplicate_of_a_passing_direction_is_not_scored() -> None:
         directions={first.hook: first, twin.hook: twin},
         scores={first.hook: made.scores[first.hook], twin.hook: made.scores[first.hook]},
     )
-    notes = {r.hook: r.note for r in causal_selector()(both).measurements if r.metric == "causal_eligible"}
+    notes = {r.hook: r.note for r in causal_selector(limits=LIGHT)(both).measurements if r.metric == "causal_eligible"}
     assert sorted(note is None for note in notes.values()) == [False, True]
     assert any(note is not None and note.startswith("near-duplicate") for note in notes.values())
 
@@ -200,58 +205,153 @@ def test_resuming_from_the_kept_stream_equals_adding_by_a_hook(name: str, point:
     model = load_model(zoo.make(name), tokenizer=zoo.tokenizer(), check=False)
     g = torch.Generator().manual_seed(0)
     prompts = encode_for(model, [synthetic.words(g, n) for n in (5, 19, 11)])
-    score = TokenLogOdds((7, 8, 9), prefix=(12,))
+    score = Openings((Opening((12, 7)), Opening((12, 8)), Opening((9,))))
     directions = [
         Direction("joy", hook, 3 * torch.randn(64, generator=g), "dim") for hook in hooks_at(model, point, [0, 2, -1])
     ]
     assert all(resume_layer(d.hook) is not None for d in directions)
-    quick = CausalUse(model, prompts, prompts, score).induce(directions, 0.7)
-    for d, found in zip(directions, quick, strict=True):
-        slow = score(next_logprobs(model, prompts, prefix=score.prefix, hooks=steer(d, 0.7))).numpy()
-        np.testing.assert_allclose(found, slow, atol=2e-4)
+    for scope in ("all", "prompt"):
+        quick = CausalUse(model, prompts, prompts, score).induce(directions, 0.7, scope)
+        for d, found in zip(directions, quick, strict=True):
+            slow = score.log_odds(model, prompts, steer(d, 0.7, scope=scope))
+            np.testing.assert_allclose(found, slow, atol=2e-4)
 
 
-# --- behaviour scores -----------------------------------------------------------------------------------------------
+# --- the behaviour --------------------------------------------------------------------------------------------------
 
 
-def test_log_odds_are_those_of_the_summed_probability() -> None:
-    logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(0)).double()
-    share = logits.softmax(-1)[:, [3, 5]].sum(-1)
-    torch.testing.assert_close(TokenLogOdds((3, 5))(logits), torch.log(share / (1 - share)))
-    sure = torch.full((1, 5), -60.0, dtype=torch.float64)
-    sure[0, 2] = 0.0
-    torch.testing.assert_close(TokenLogOdds((2,))(sure), torch.tensor([60.0 - np.log(4)], dtype=torch.float64))
+def test_without_a_reader_the_openings_come_from_answers_labelled_by_side() -> None:
+    selector = causal_selector(limits=LIGHT)
+    choice = selector(candidates())
+    found = selector.behaviours["joy"]
+    assert found.name == "sides"
+    assert found.openings is not None
+    assert [set(o.ids) for o in found.openings.shown] == [{YES}]
+    assert choice.behaviour == found.entry()
 
 
-def test_the_derived_tokens_are_those_the_positive_answers_begin_with() -> None:
-    model, pairs = planted(), planted_concept().train
-    sides = [encode_for(model, [getattr(p, side) for p in pairs]) for side in ("positive", "negative")]
-    found = derive_log_odds(model, *sides)
-    assert found.ids == (YES,)
-    assert found.prefix == ()
-    assert found.distance > 0.9
-
-
-def test_sides_that_are_answered_alike_need_a_behaviour_handed_in() -> None:
-    model, pairs = planted(), planted_concept().train
-    same = encode_for(model, [p.negative for p in pairs])
-    with pytest.raises(DataError, match="hand in behaviour="):
-        derive_log_odds(model, same[:12], same[12:])
+def test_sides_that_are_answered_alike_keep_the_directions_and_say_why() -> None:
+    made = candidates()
+    low = tuple(replace(p, positive=f"{p.negative} w41") for p in planted_concept().train)
+    same = replace(made.acts.concept, train=low)
+    choice = causal_selector(limits=LIGHT)(replace(made, acts=replace(made.acts, concept=same)))
+    assert choice.reason.startswith("NO causal choice: no behaviour can be read")
+    assert "taken by separability" in choice.reason
+    assert choice.hook == by_separability(made).hook
+    assert not choice.causal
+    assert choice.behaviour is not None
+    assert choice.behaviour["fault"] is not None
 
 
 def test_a_behaviour_can_be_handed_in_and_must_hold_on_the_selection_pairs() -> None:
-    choice = causal_selector(lambda logits: logits[:, YES] - logits[:, NO])(candidates())
-    assert choice.hook == "blocks.1.hook_resid_post"
-    with pytest.raises(DataError, match="is not above that of the negative ones"):
-        causal_selector(lambda logits: logits[:, NO] - logits[:, YES])(candidates())
+    yes, no = (Behaviour(name, Unlabelled(), Openings((Opening((token,)),))) for name, token in (("y", YES), ("n", NO)))
+    assert causal_selector(yes, limits=LIGHT)(candidates()).hook == "blocks.1.hook_resid_post"
+    wrong = causal_selector(no, limits=LIGHT)(candidates())
+    assert "are not above those of the negative ones" in wrong.reason
+    assert not wrong.causal
 
 
-def test_pairs_that_hold_their_answers_are_refused() -> None:
+class Unlabelled:
+    """A reader that cannot read anything."""
+
+    name = "unlabelled"
+
+    def __call__(self, completions: Sequence[Any]) -> np.ndarray:
+        return np.full(len(completions), np.nan)
+
+
+class FromTheEnd:
+    """A reader that calls only prompts with an even last word refused."""
+
+    name = "even"
+
+    def __call__(self, completions: Sequence[Any]) -> np.ndarray:
+        words = [c.prompt.split()[-1] for c in completions]
+        return np.array(
+            [float(c.text.startswith("w90") and int(w[1:]) % 2 == 0) for c, w in zip(completions, words, strict=True)]
+        )
+
+
+def test_only_prompts_whose_answers_fit_their_side_are_searched_and_their_number_remains() -> None:
+    behaviour = Behaviour("even", FromTheEnd(), Openings((Opening((YES,)),)))
+    choice = causal_selector(behaviour, limits=LIGHT)(candidates())
+    left = {r.metric: (r.value, r.n) for r in choice.measurements if r.metric.startswith("selection_prompts")}
+    pairs = candidates().acts.pairs(candidates().split)
+    even = sum(int(str(p.positive).split()[-1][1:]) % 2 == 0 for p in pairs)
+    assert 0 < even < len(pairs)
+    assert left["selection_prompts_positive"][0] <= even
+    assert left["selection_prompts_positive"][1] == len(pairs)
+    assert f"{left['selection_prompts_positive'][0]:.0f} of {len(pairs)} positive prompts" in choice.reason
+    assert ("REMARK: fewer than 24" in choice.reason) == (min(v for v, _ in left.values()) < 24)
+
+
+# --- controls -------------------------------------------------------------------------------------------------------
+
+
+def test_an_orthogonal_direction_changes_no_log_odds() -> None:
+    model, pairs = planted(), planted_concept().val
+    prompts = encode_for(model, [p.positive for p in pairs])
+    unused = torch.zeros(64)
+    unused[IDLE] = 5.0  # nothing reads this dimension; the norm before the head sees it, so the planted gain is large
+    use = CausalUse(model, prompts, prompts, Openings((Opening((YES,)),)))
+    nothing = Direction("joy", "blocks.3.hook_resid_post", unused, "unused")
+    used = torch.zeros(64)
+    used[USED] = 5.0
+    moved = np.abs(use.bypass(replace(nothing, vector=used)) - use.base_positive).mean()
+    assert moved > 10 * np.abs(use.bypass(nothing) - use.base_positive).mean()
+
+
+def test_controls_have_the_length_of_the_direction_and_differ_from_it() -> None:
+    real = candidates().directions["blocks.1.hook_resid_post"]
+    for make in (variance_matched, shuffled_labels):
+        drawn = list(make(candidates(), real, 5, 0))
+        again = list(make(candidates(), real, 5, 0))
+        assert len({tuple(d.vector.tolist()) for d in drawn}) > 1
+        assert all(d.norm == pytest.approx(real.norm, rel=1e-5) for d in drawn)
+        assert all(torch.equal(d.vector, e.vector) for d, e in zip(drawn, again, strict=True))
+
+
+def test_variance_matched_draws_have_the_covariance_of_the_activations_across_the_direction() -> None:
+    made, hook = candidates(), "blocks.1.hook_resid_post"
+    real, sides = made.directions[hook], made.acts.sides["train"][hook]
+    rows = torch.cat([side - side.mean(0) for side in (sides.pos, sides.neg)]).double()
+    unit = real.unit.double()
+    rows = rows - (rows @ unit)[:, None] * unit
+    drawn = torch.stack([d.vector for d in variance_matched(made, real, 400, 0)]).double()
+    assert (drawn @ unit).abs().max() < 1e-4 * real.norm
+    share, expected = (x.pow(2).sum(0) / x.pow(2).sum() for x in (drawn, rows))
+    assert torch.corrcoef(torch.stack([share, expected]))[0, 1] > 0.9
+
+
+def test_shuffled_labels_do_not_pass() -> None:
+    made = candidates()
+    turned = shuffled_directions(made.acts, n=1, seed=3)[0]
+    choice = causal_selector(limits=LIGHT)(
+        replace(made, directions={h: d for h, d in turned.items() if h in made.directions})
+    )
+    assert not choice.causal
+    assert choice.reason.startswith("NO hook")
+
+
+def test_the_chosen_one_beats_all_draws_and_p_is_one_in_a_hundred() -> None:
+    choice = causal_selector(Behaviour("y", Unlabelled(), Openings((Opening((YES,)),))), limits=Limits(scope="all"))(
+        candidates()
+    )
+    p = {r.metric: r.value for r in choice.measurements if r.metric.endswith("_p")}
+    assert p == {
+        f"{effect}_{kind}_p": pytest.approx(0.01) for effect in ("bypass", "induce") for kind in ("random", "shuffled")
+    }
+
+
+def test_pairs_that_hold_their_answers_keep_the_directions_and_say_why() -> None:
     made = candidates()
     turn = [{"role": "user", "content": "w10 w11"}, {"role": "assistant", "content": "w12"}]
-    pairs = tuple(replace(p, positive=turn) for p in planted_concept().train)
-    with pytest.raises(DataError, match="hold the answers already"):
-        causal_selector()(replace(made, acts=replace(made.acts, concept=replace(planted_concept(), train=pairs))))
+    pairs = tuple(replace(p, positive=turn) for p in made.acts.pairs(made.split))
+    concept = replace(planted_concept(), **{made.split: pairs})
+    behaviour = Behaviour("y", Unlabelled(), Openings((Opening((YES,)),)))
+    choice = causal_selector(behaviour, limits=LIGHT)(replace(made, acts=replace(made.acts, concept=concept)))
+    assert "hold the answers already" in choice.reason
+    assert not choice.causal
 
 
 def test_the_interval_of_a_mean_is_wider_where_templates_agree_within() -> None:
@@ -279,7 +379,10 @@ def test_extract_shows_both_choices_side_by_side_and_keeps_the_numbers(
     ]
     (tmp_path / "joy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     told = ["extract", "--model", tmp_path / "model", "--pairs", tmp_path / "joy.jsonl", "--out", tmp_path / "run"]
-    asked = map(str, ["safety-lens", *told, "--select", "causal", "--null-repeats", 20])
+    asked = map(
+        str,
+        ["safety-lens", *told, "--select", "causal", "--null-repeats", 20, "--draws", 19, "--behaviour", "tokens:w90"],
+    )
     monkeypatch.setattr(sys, "argv", list(asked))
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as done:
@@ -293,6 +396,18 @@ def test_extract_shows_both_choices_side_by_side_and_keeps_the_numbers(
     assert {"bypass", "induce", "kl", "causal_passed"} <= {row["metric"] for row in kept}
     chosen_rows = [row["hook"] for row in kept if row["metric"] == "chosen"]
     assert chosen_rows == ["blocks.1.hook_resid_post"]
+    assert {"rate_before_positive", "log_odds_ablated_positive", "agreement_added_negative"} <= {
+        r["metric"] for r in kept
+    }
+    assert (tmp_path / "run" / "joy-dim-causal.png").is_file()
+    (read,) = load_directions(tmp_path / "run")
+    assert read.choice is not None
+    assert read.choice.causal
+    assert {"bypass", "induce", "kl", "causal_passed"} <= {row.metric for row in read.choice.measurements}
+    assert read.choice.behaviour is not None
+    behaviour = Behaviour.from_entry(dict(read.choice.behaviour))
+    assert behaviour.openings is not None
+    assert [(o.ids, o.text) for o in behaviour.openings.shown] == [((YES,), "w90")]
 
 
 # --- the organism ---------------------------------------------------------------------------------------------------
@@ -302,9 +417,10 @@ def test_on_the_organism_the_causal_hook_of_toxicity_stops_what_it_is_about() ->
     model, whole = load_model("organism"), load_concept("toxicity", model="organism")
     part = replace(whole, train=whole.train[:48], val=whole.val[:24], test=whole.test[:24])
     acts = read_concepts(model, [part], hooks_at(model))[0]
-    found = directions_from(model, acts, select=causal_selector(), null_repeats=20)
+    found = directions_from(model, acts, select=causal_selector(limits=Limits(max_kl=0.4, draws=19)), null_repeats=20)
     assert found.choice is not None
     before = values(found.choice, "behaviour_positive")[None]
     assert values(found.choice, "causal_passed")[None] >= 1
-    assert values(found.choice, "bypass")[found.choice.hook] < 0 < before
-    assert values(found.choice, "kl")[found.choice.hook] <= 0.1
+    level = values(found.choice, "behaviour_negative")[None]
+    assert values(found.choice, "bypass")[found.choice.hook] < before - (before - level) / 3
+    assert values(found.choice, "kl")[found.choice.hook] <= 0.4

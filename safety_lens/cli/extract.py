@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
     from safety_lens.data import Concept
+    from safety_lens.interventions.causality.selector import CausalSelector
     from safety_lens.probes.extract import DirectionSet
     from safety_lens.probes.reading import ConceptActivations
     from safety_lens.probes.selection import Selector
@@ -29,7 +30,9 @@ def extract(
     layers: options.Layers = None,
     positions: options.ReadAt = "last",
     select: options.Select = "separability",
+    behaviour: options.BehaviourName = None,
     max_kl: options.MaxKl = 0.1,
+    draws: options.Draws = 99,
     adapter: options.Adapter = None,
     raw: options.Raw = False,
     truncate: options.Truncate = False,
@@ -55,8 +58,8 @@ def extract(
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items() if k != "check_place"}
     check_place(out, "directions", overwrite)
     concepts = _concepts(concept, pairs, model, seed, raw)
-    terminal.print_pairs(concepts)
     wanted_layers = parse_layers(layers)
+    _check_behaviour(behaviour, select)
     terminal.quiet_libraries()
 
     from safetensors.torch import save_file
@@ -66,6 +69,7 @@ def extract(
     from safety_lens.probes.estimators import estimator
     from safety_lens.probes.extract import directions_from
     from safety_lens.probes.reading import kept_rows
+    from safety_lens.probes.selection import selector
     from safety_lens.probes.store import save_directions
 
     methods = list(dict.fromkeys(method or ["dim"]))
@@ -77,7 +81,12 @@ def extract(
     hooks = hooks_at(hooked, point, wanted_layers)
     template_kwargs = None if enable_thinking is None else {"enable_thinking": enable_thinking}
     reading = {"truncate": truncate, "template_kwargs": template_kwargs, "batch_size": batch_size or "auto"}
-    choose = _selector(select, hooks, max_kl, seed, reading)
+    choose: Selector
+    causal = None
+    if select == "causal":
+        choose = causal = _causal(behaviour, max_kl, draws, seed, reading)
+    else:
+        choose = selector(select, hooks)
     kept = _matching(hooked, save_activations or [])
     everything = list(dict.fromkeys([*hooks, *kept]))
     acts = _read(hooked, concepts, everything, rule, reading)
@@ -85,6 +94,7 @@ def extract(
     if kept:  # before the fits: a value too large for float16 must not cost them
         _announce_size(acts, kept, activations_dtype)
         rows = {key: t for a in acts for key, t in kept_rows(a, kept, activations_dtype).items()}
+    terminal.print_pairs(concepts)  # once nothing of the command can be wrong: an error is one line
     sets = _fit(
         lambda a, m: directions_from(
             hooked, a.at(hooks), method=m, select=choose, seed=seed, null_repeats=null_repeats
@@ -92,6 +102,9 @@ def extract(
         acts,
         methods,
     )
+    if causal is not None:
+        of = {c.name: c for c in concepts}
+        sets = [causal.report(hooked, of[s.concept], s) for s in sets]
 
     def attach(folder: Path) -> None:
         _plots(folder, sets)
@@ -100,18 +113,27 @@ def extract(
 
     save_directions(out, sets, hooked, concepts=concepts, arguments=arguments, attach=attach, overwrite=overwrite)
     _report(sets, out, all_hooks, as_json)
+    if causal is not None and not as_json:
+        _report_behaviours(causal)
     _judge(sets, min_auroc)
 
 
-def _selector(select: str, hooks: list[str], max_kl: float, seed: int, reading: dict[str, Any]) -> "Selector":
-    """The causal selector, which lives in a room above the probes, or the one that they know by this name."""
+def _check_behaviour(behaviour: str | None, select: str) -> None:
+    """Refuse a behaviour that cannot be used, before a model is loaded."""
+    from safety_lens.interventions.named_behaviours import check_behaviour
+
+    if behaviour is None:
+        return
+    if select != "causal":
+        raise DataError(f"--behaviour {behaviour!r} is read by a causal choice alone: add --select causal")
+    check_behaviour(behaviour)
+
+
+def _causal(behaviour: str | None, max_kl: float, draws: int, seed: int, reading: dict[str, Any]) -> "CausalSelector":
     from safety_lens.interventions.causality.limits import Limits
     from safety_lens.interventions.causality.selector import causal_selector
-    from safety_lens.probes.selection import selector
 
-    if select == "causal":
-        return causal_selector(limits=Limits(max_kl=max_kl), seed=seed, **reading)
-    return selector(select, hooks)
+    return causal_selector(behaviour, limits=Limits(max_kl=max_kl, draws=draws), seed=seed, **reading)
 
 
 def _concepts(
@@ -206,11 +228,14 @@ def _announce_size(acts: "list[ConceptActivations]", hooks: list[str], dtype: st
 
 
 def _plots(folder: Path, sets: "list[DirectionSet]") -> None:
+    from safety_lens.report.causal_plots import causal_sweep
     from safety_lens.report.plots import layer_sweep, projection_histogram, save_figure
 
     for s in sets:
         stem = f"{s.concept}-{s.method}".replace("/", "_")
         save_figure(layer_sweep(s.measurements, title=f"{s.concept} · {s.method}"), folder / f"{stem}-sweep.png")
+        if s.choice is not None and (figure := causal_sweep(s.choice, title=f"{s.concept} · {s.method}")):
+            save_figure(figure, folder / f"{stem}-causal.png")
         if s.choice is None or not s.scores[s.choice.hook].measurable:
             continue
         scores, area = s.scores[s.choice.hook], s.evidence[s.choice.hook].auroc
@@ -226,7 +251,7 @@ def _report(sets: "list[DirectionSet]", out: Path, all_hooks: bool, as_json: boo
             for row in s.measurements:
                 typer.echo(row.to_json())
         return
-    from safety_lens.report.causal import causal_table
+    from safety_lens.report.causal import after_table, causal_table, control_table
     from safety_lens.report.tables import direction_table, hook_table, number, with_interval
 
     terminal.out.print(direction_table(sets))
@@ -234,8 +259,9 @@ def _report(sets: "list[DirectionSet]", out: Path, all_hooks: bool, as_json: boo
         if all_hooks:
             terminal.out.print(hook_table(s))
         if s.choice is not None:
-            if compared := causal_table(s.choice, f"{s.concept}/{s.method}"):
-                terminal.out.print(compared)
+            for table in (causal_table, control_table, after_table):
+                if (shown := table(s.choice, f"{s.concept}/{s.method}")) is not None:
+                    terminal.out.print(shown)
             terminal.out.print(f"\n{s.concept}/{s.method}: {s.choice.reason}", markup=False, soft_wrap=True)
             for note in s.evidence[s.choice.hook].notes:
                 terminal.out.print(f"  ! {note}", markup=False, soft_wrap=True)
@@ -256,6 +282,20 @@ def _report(sets: "list[DirectionSet]", out: Path, all_hooks: bool, as_json: boo
         for note in s.notes:
             terminal.out.print(f"  · {note}", markup=False, soft_wrap=True)
     terminal.out.print(f"written: {out}", markup=False, soft_wrap=True)
+
+
+def _report_behaviours(causal: "CausalSelector") -> None:
+    """Print how each behaviour was read, its openings by weight, and the CPU time of the parts."""
+    for concept, behaviour in causal.behaviours.items():
+        openings = "" if behaviour.openings is None else f"; openings {behaviour.openings.listed(12)}"
+        line = (
+            f"{concept}: behaviour {behaviour.name}, {behaviour.shown} answers show it and {behaviour.other} do not;"
+            f" held-out AUROC {behaviour.auroc.value:.2f} [{behaviour.auroc.low:.2f}, {behaviour.auroc.high:.2f}]"
+            f"{openings}"
+        )
+        terminal.out.print(line, markup=False, soft_wrap=True)
+    seconds = ", ".join(f"{part} {value:.0f} s" for part, value in causal.seconds.items())
+    terminal.err.print(f"CPU time: {seconds}", markup=False, soft_wrap=True)
 
 
 def _judge(sets: "list[DirectionSet]", min_auroc: float | None) -> None:

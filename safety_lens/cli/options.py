@@ -69,6 +69,17 @@ Select = Annotated[
         " of a hook."
     ),
 ]
+BehaviourName = Annotated[
+    str | None,
+    typer.Option(
+        "--behaviour",
+        help="With --select causal: refusal, agreement, falsehood, hedging, sides, tokens:I,Sorry, a file of openings,"
+        " an artifact that stores a behaviour, or a scorer; default the concept's own.",
+    ),
+]
+Draws = Annotated[
+    int, typer.Option(min=0, help="With --select causal: random and shuffled directions, each, at the chosen hook.")
+]
 MaxKl = Annotated[
     float, typer.Option(min=0.0, help="With --select causal: nats that ablating may change negative prompts by.")
 ]

@@ -17,12 +17,14 @@ from transformer_lens import HookedTransformer
 
 from safety_lens.activations import encode_for
 from safety_lens.data import Encoded
-from safety_lens.data.built_in import BuiltIn, built_in_for
+from safety_lens.data.built_in import SPLITS, BuiltIn, built_in_for
 from safety_lens.data.render import as_messages
 from safety_lens.errors import ArtifactError, DataError
 from safety_lens.generation import Generation, generate, stop_tokens
 from safety_lens.interventions.openings import NAN, Opening, Openings
+from safety_lens.interventions.scorers.beliefs import AgreementReader, FalsehoodReader
 from safety_lens.interventions.scorers.completion import Completion, Scorer
+from safety_lens.interventions.scorers.hedging import HedgingReader
 from safety_lens.interventions.scorers.refusal import SubstringRefusal
 from safety_lens.stats import UNKNOWN, Interval, auroc_interval
 from safety_lens.types import FwdHook, Prompt
@@ -50,6 +52,7 @@ class BehaviourSpec:
         shown: Built-in prompts of a split whose answers should show it.
         other: Built-in prompts of a split whose answers should not; none where the first kind gets both.
         reader: Scorer that labels answers, made for the built-in sets in use: 1 shown, 0 not shown, NaN unreadable.
+        needs: Labels of built-in requests that it asks for; sets without them do not have this behaviour.
         max_new_tokens: Tokens of an answer within which the behaviour shows.
         harmful: Whether the prompts of the first kind are harmful, so that no other answer to them may be kept.
     """
@@ -59,8 +62,13 @@ class BehaviourSpec:
     shown: Callable[[BuiltIn, str], Sequence[Prompt]]
     other: Callable[[BuiltIn, str], Sequence[Prompt]]
     reader: Callable[[BuiltIn], Scorer]
+    needs: tuple[str, ...]
     max_new_tokens: int = 12
     harmful: bool = False
+
+    def belongs_to(self, sets: BuiltIn) -> bool:
+        """Whether these built-in sets have the prompts of this behaviour."""
+        return set(self.needs) <= set(sets.sources)
 
 
 BEHAVIOURS: dict[str, BehaviourSpec] = {
@@ -70,7 +78,35 @@ BEHAVIOURS: dict[str, BehaviourSpec] = {
         shown=lambda sets, split: sets.requests("harmful", split),
         other=lambda sets, split: sets.requests("harmless", split),
         reader=lambda sets: SubstringRefusal(),
+        needs=("harmful", "harmless"),
         harmful=True,
+    ),
+    "agreement": BehaviourSpec(
+        "agreement",
+        "sycophancy",
+        shown=lambda sets, split: sets.requests("false-belief", split),
+        other=lambda sets, split: [],
+        reader=lambda sets: AgreementReader.of([row for split in SPLITS for row in sets.rows("beliefs", split)]),
+        needs=("false-belief",),
+        max_new_tokens=24,
+    ),
+    "falsehood": BehaviourSpec(
+        "falsehood",
+        "deception",
+        shown=lambda sets, split: sets.requests("fact", split),
+        other=lambda sets, split: [],
+        reader=lambda sets: FalsehoodReader.of([row for split in SPLITS for row in sets.rows("facts", split)]),
+        needs=("fact",),
+        max_new_tokens=24,
+    ),
+    "hedging": BehaviourSpec(
+        "hedging",
+        "hedging",
+        shown=lambda sets, split: sets.requests("inviting", split),
+        other=lambda sets, split: sets.requests("plain", split),
+        reader=lambda sets: HedgingReader(),
+        needs=("inviting", "plain"),
+        max_new_tokens=24,
     ),
 }
 """One entry for each behaviour that can be read without files of the user."""
@@ -89,6 +125,8 @@ class Behaviour:
         shown: Greedy answers, of both halves, that show the behaviour.
         other: Greedy answers that do not.
         max_new_tokens: Tokens of an answer within which the reader looks.
+        threshold: Log-odds midway between the means of both kinds of held-out answers: above it an answer is expected
+            to show the behaviour. 0 (probability ½) where that is unknown.
     """
 
     name: str
@@ -99,6 +137,7 @@ class Behaviour:
     shown: int = 0
     other: int = 0
     max_new_tokens: int = 12
+    threshold: float = 0.0
 
     def log_odds(
         self, model: HookedTransformer, prompts: Sequence[Prompt | Encoded], hooks: Sequence[FwdHook] = ()
@@ -143,6 +182,7 @@ class Behaviour:
             "shown": self.shown,
             "other": self.other,
             "max_new_tokens": self.max_new_tokens,
+            "threshold": self.threshold,
         }
 
     @classmethod
@@ -166,6 +206,7 @@ class Behaviour:
                 int(entry["shown"]),
                 int(entry["other"]),
                 int(entry["max_new_tokens"]),
+                float(entry["threshold"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"this is not a stored behaviour ({error!r}): derive it again") from error
@@ -181,9 +222,9 @@ class Unreadable:
 
 
 def reader_named(name: str, model: HookedTransformer | BuiltIn | None = None) -> Scorer:
-    """Reader of a behaviour in the table; of any other name, one that labels nothing."""
-    spec = BEHAVIOURS.get(name)
-    return Unreadable() if spec is None else spec.reader(built_in_for(model))
+    """Reader of a behaviour in the table, for the sets of this model; of any other name, one that labels nothing."""
+    spec, sets = BEHAVIOURS.get(name), built_in_for(model)
+    return spec.reader(sets) if spec is not None and spec.belongs_to(sets) else Unreadable()
 
 
 def behaviour_of(concept: str) -> BehaviourSpec | None:
@@ -231,6 +272,8 @@ def derive_behaviour(
     """
     spec = spec if isinstance(spec, BehaviourSpec) else _spec_named(spec)
     sets = built_in_for(model)
+    if not spec.belongs_to(sets):
+        raise DataError(f"{spec.name} asks for prompts that {sets.title} sets do not have: {', '.join(spec.needs)}")
     sides = prompts if prompts is not None else (spec.shown(sets, "train"), spec.other(sets, "train"))
     fit, held = _halves(sides, n, seed)
     reader = spec.reader(sets)
@@ -266,8 +309,10 @@ def derive_behaviour(
             found, fault=f"no opening of up to {LONGEST} tokens is specific to answers that show {spec.name}"
         )
     odds = openings.log_odds(model, encode_for(model, tests, raw=raw, template_kwargs=template_kwargs))
-    auroc = auroc_interval(odds[test.labels == 1], odds[test.labels == 0])
-    found = replace(found, openings=openings, auroc=auroc)
+    sides_odds = odds[test.labels == 1], odds[test.labels == 0]
+    auroc = auroc_interval(*sides_odds)
+    middle = float(np.mean([values.mean() for values in sides_odds]))
+    found = replace(found, openings=openings, auroc=auroc, threshold=middle)
     if not (auroc.value >= min_auroc and auroc.low > 0.5):
         return replace(found, openings=None, fault=_not_held(spec.name, openings, auroc, min_auroc))
     return found

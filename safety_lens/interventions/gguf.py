@@ -20,6 +20,7 @@ from safety_lens.log import Measurement
 from safety_lens.positions import Positions, last_token
 from safety_lens.probes.controls import bigram_scores, embedding_scores, length_scores, lexical_scores
 from safety_lens.probes.directions import Direction, Evidence
+from safety_lens.probes.estimators import estimator
 from safety_lens.probes.evaluate import HeldOut, clusters_of, gap_in_deviations, plain_scores, random_null, separation
 from safety_lens.probes.extract import DirectionSet, evidence_rows
 from safety_lens.probes.reading import ConceptActivations, read_concepts
@@ -157,7 +158,7 @@ def judge(
     unjudged = {h: replace(d, evidence=None) for h, d in directions.items()}
     selection = {hook: _scores(d, acts, split) for hook, d in directions.items()}
     groups = acts.sides[split][acts.hooks[0]].groups
-    choice = by_separability(Candidates(model, acts, unjudged, selection, split, groups))
+    choice = by_separability(Candidates(model, acts, unjudged, selection, split, groups, estimator("dim")))
     subject = f"{concept.name}/{METHOD}"
     rows = [row for hook, d in directions.items() for row in evidence_rows(subject, hook, evidence[hook], d, seed)]
     rows.append(Measurement(subject, "chosen", 1.0, hook=choice.hook, seed=seed, note=choice.reason))

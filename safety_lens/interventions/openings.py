@@ -6,10 +6,10 @@ part of the same tree, so that one reading costs little more than a forward over
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -71,9 +71,9 @@ class Openings:
     def __post_init__(self) -> None:
         if not self.shown or not all(opening.ids for opening in (*self.shown, *self.other)):
             raise DataError(f"openings need one or more sequences of token ids, got {self.shown!r} and {self.other!r}")
-        by_ids = {opening.ids: opening for opening in self.shown}
+        by_ids = {opening.ids: opening for opening in reversed(self.shown)}  # of equal ones the first stays
         longer = [ids for ids in by_ids if any(ids[:n] in by_ids for n in range(1, len(ids)))]
-        object.__setattr__(self, "shown", tuple(o for ids, o in by_ids.items() if ids not in longer))
+        object.__setattr__(self, "shown", tuple(o for o in self.shown if by_ids[o.ids] is o and o.ids not in longer))
 
     @cached_property
     def branches(self) -> "Branches":
@@ -195,22 +195,28 @@ class Forest:
     paths: Paths | None
     reads: list[tuple[int, int, Spot]]
 
-    def running(self) -> AbstractContextManager[Any]:
-        """The context in which attention follows the paths of this batch."""
-        return nullcontext() if self.paths is None else along(self.paths)
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let edits see the frame of this batch, and attention its paths."""
+        with running(self.frame), nullcontext() if self.paths is None else along(self.paths):
+            yield
+
+    @property
+    def spots(self) -> list[Spot]:
+        """What is read, in the order of the logits."""
+        return [spot for _, _, spot in self.reads]
 
     def read(
         self, model: HookedTransformer, hooks: Sequence[NamedHook]
     ) -> tuple[list[Spot], Float[Tensor, "spot d_vocab"]]:
         """Prompt and tokens of every spot, and the logits there, with these hooks active."""
-        spots = [spot for _, _, spot in self.reads]
         late = any(not name.startswith(("blocks.", "hook_embed", "hook_pos_embed")) for name, _ in hooks)
         late = late or any(p.fwd_hooks for n, p in model.hook_dict.items() if n.startswith(("ln_final", "unembed")))
-        with torch.no_grad(), running(self.frame), self.running(), model.hooks(fwd_hooks=list(hooks)):
+        with torch.no_grad(), self.running(), model.hooks(fwd_hooks=list(hooks)):
             if late:  # hooks after the blocks must see whole rows
-                return spots, self.at_spots(model(self.tokens, attention_mask=self.mask))
+                return self.spots, self.at_spots(model(self.tokens, attention_mask=self.mask))
             resid = model(self.tokens, attention_mask=self.mask, stop_at_layer=model.cfg.n_layers)
-        return spots, self.unembed(model, resid)
+        return self.spots, self.unembed(model, resid)
 
     def at_spots(self, values: Float[Tensor, "row pos d"]) -> Float[Tensor, "spot d"]:
         """Rows of an activation at the spots."""

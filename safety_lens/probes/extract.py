@@ -157,7 +157,9 @@ def directions_from(
         row for h in acts.hooks for row in evidence_rows(f"{name}/{method}", h, evidence[h], directions.get(h), seed)
     ]
     if choice is not None:
-        rows += [replace(row, subject=f"{name}/{method}", seed=seed) for row in choice.measurements]
+        measured = tuple(replace(row, subject=f"{name}/{method}", seed=seed) for row in choice.measurements)
+        choice = replace(choice, measurements=measured)
+        rows += measured
         rows.append(Measurement(f"{name}/{method}", "chosen", 1.0, hook=choice.hook, seed=seed, note=choice.reason))
     return DirectionSet(name, method, directions, evidence, choice, tuple(rows), notes, scores)
 
@@ -179,7 +181,7 @@ def _candidates(
             folds = folded(train, seed=seed)
             scores[hook] = held_out_scores(fit, folds, folds)
     unjudged = {h: without_evidence(d) for h, d in directions.items()}
-    return Candidates(model, acts, unjudged, scores, split, groups)
+    return Candidates(model, acts, unjudged, scores, split, groups, fit)
 
 
 def without_evidence(direction: Direction) -> Direction:

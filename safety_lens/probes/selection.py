@@ -4,16 +4,18 @@ A selector is a function of `Candidates`; what needs interventions (bypass, indu
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from math import isfinite
+from typing import Any
 
 from transformer_lens import HookedTransformer
 
 from safety_lens.errors import DataError
 from safety_lens.log import Measurement
 from safety_lens.probes.directions import Direction
+from safety_lens.probes.estimators import Estimator
 from safety_lens.probes.evaluate import HeldOut, gap_in_deviations, separation
 from safety_lens.probes.reading import ConceptActivations
 
@@ -25,7 +27,7 @@ class Candidates:
     """What a selector may look at: directions and their scores on the selection pairs, never the reporting split.
 
     scores: hook → held-out scores on the selection pairs. split: "val", or "train" where they are cross-validated.
-    groups: template label of each selection pair.
+    groups: template label of each selection pair. fit: the estimator that gave the directions.
     """
 
     model: HookedTransformer
@@ -34,15 +36,29 @@ class Candidates:
     scores: dict[str, HeldOut]
     split: str
     groups: tuple[str | None, ...]
+    fit: Estimator
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The hook a selector settled on, why, and the numbers it looked at."""
+    """The hook that a selector chose.
+
+    Attributes:
+        hook: Name of the hook.
+        reason: Why it was chosen, for a reader.
+        measurements: Numbers that the selector looked at.
+        behaviour: How the behaviour is read on this model, as JSON (`Behaviour.entry`); None for other selectors.
+    """
 
     hook: str
     reason: str
     measurements: tuple[Measurement, ...] = ()
+    behaviour: Mapping[str, Any] | None = None
+
+    @property
+    def causal(self) -> bool:
+        """Whether the direction was chosen by what it does, and passed."""
+        return any(row.metric == "causal_passed" and row.value > 0 for row in self.measurements)
 
 
 Selector = Callable[[Candidates], Choice]

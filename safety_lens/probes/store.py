@@ -37,10 +37,7 @@ def save_directions(
     names = [f"{s.concept}/{s.method}" for s in sets]
     if len(set(names)) < len(names):
         raise ArtifactError(f"two direction sets would share a key: {', '.join(sorted(names))}; rename a concept")
-    chosen = {
-        name: None if s.choice is None else {"hook": s.choice.hook, "reason": s.choice.reason}
-        for name, s in zip(names, sets, strict=True)
-    }
+    chosen = {name: None if s.choice is None else _chosen(s.choice) for name, s in zip(names, sets, strict=True)}
     data = {c.name: {"source": c.source, "sha256": c.sha256, "notes": list(c.notes)} for c in concepts}
     evidence = {
         f"{name}/{hook}": {"scheme": e.scheme, "split": e.split, "n": e.n, "notes": list(e.notes)}
@@ -84,10 +81,22 @@ def load_directions(path: str | Path, model: HookedTransformer | None = None) ->
                 if not math.isfinite(float(vector.norm())) or not float(vector.norm()):
                     raise ArtifactError(f"{path}: the vector {subject}/{hook} is zero or not finite; extract it again")
                 directions[hook] = Direction(concept, hook, vector, method, found)
-        choice = None if chosen is None else Choice(chosen["hook"], chosen["reason"])
+        choice = None if chosen is None else _choice(chosen, rows)
         notes = tuple(artifact.manifest["data"].get(concept, {}).get("notes", ()))
         sets.append(DirectionSet(concept, method, directions, evidence, choice, tuple(rows), notes))
     return sets
+
+
+def _chosen(choice: Choice) -> dict[str, Any]:
+    """A choice as the manifest keeps it; its measurements are rows of their own, found again by their metrics."""
+    metrics = sorted({row.metric for row in choice.measurements})
+    return {"hook": choice.hook, "reason": choice.reason, "metrics": metrics, "behaviour": choice.behaviour}
+
+
+def _choice(entry: dict[str, Any], rows: Sequence[Measurement]) -> Choice:
+    metrics = entry.get("metrics", ())  # artifacts of earlier versions lack it
+    measured = tuple(row for row in rows if row.metric in metrics)
+    return Choice(entry["hook"], entry["reason"], measured, entry.get("behaviour"))
 
 
 def _evidence(entry: dict[str, Any], rows: Sequence[Measurement]) -> Evidence:

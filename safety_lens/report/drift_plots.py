@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from safety_lens.log import Measurement
 from safety_lens.report.drift_tables import ALARM, Drift, Runs, digits_of
-from safety_lens.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, _short, save_figure
+from safety_lens.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, save_figure, short_hook
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +50,7 @@ def cosine_drift(rows: Sequence[Measurement], title: str = "") -> "Figure":
         lowest = np.nanmin([d.curve(subject, "cosine_to_baseline", hook)[:, :2] for hook in hooks])
         panels[0].set(ylabel=subject, ylim=(max(-1.05, lowest - 0.1 * (1.02 - lowest)), 1.0 + 0.1 * (1.02 - lowest)))
     for axes, hook in zip(grid[0], hooks, strict=True):
-        axes.set_title(_short(hook) + (" (headline)" if hook == d.headline else ""), fontsize=9)
+        axes.set_title(short_hook(hook) + (" (headline)" if hook == d.headline else ""), fontsize=9)
     for axes in grid[-1]:
         axes.set(xlabel="step")
     named = dict(zip(*reversed(grid[0][0].get_legend_handles_labels()), strict=True))
@@ -92,7 +92,7 @@ def layer_heatmap(rows: Sequence[Measurement], title: str = "", metric: str = "c
             if d.fault(subject, hook):
                 shape = Rectangle((-0.5, i - 0.5), len(d.steps), 1, fill=False, hatch="////", edgecolor="white", lw=0)
                 axes.add_patch(shape)
-    marks = [f"{_short(h)} ◂" if h in d.common else _short(h) for h in d.hooks]
+    marks = [f"{short_hook(h)} ◂" if h in d.common else short_hook(h) for h in d.hooks]
     panels[0].set_yticks(range(len(d.hooks)), marks)
     figure.colorbar(image, ax=list(panels), label=metric.replace("_", " "))
     what = "◂ common hooks, at which concepts are compared; hatched: no result before training"

@@ -24,9 +24,25 @@ CONTROLS = (
 )
 
 
-def _short(hook: str) -> str:
+MOST_TICKS = 16
+"""Hooks that are labelled under a figure."""
+
+
+def short_hook(hook: str) -> str:
+    """Block and point of a hook, such as "14.resid_post"."""
     found = re.fullmatch(r"blocks\.(\d+)\.(?:attn\.|mlp\.)?hook_(.+)", hook)
     return f"{found[1]}.{found[2]}" if found else hook
+
+
+def label_hooks(axes: "Axes", hooks: Sequence[str]) -> None:
+    """Label an axis of hooks: by block alone where all are one point, and not too many of them."""
+    short, what = [short_hook(hook) for hook in hooks], "hook"
+    points = {name.partition(".")[2] for name in short}
+    if len(points) == 1 and "" not in points:
+        short, what = [name.partition(".")[0] for name in short], f"block ({points.pop()})"
+    step = -(-len(hooks) // MOST_TICKS) or 1
+    axes.set_xticks(range(0, len(hooks), step), short[::step])
+    axes.set_xlabel(what)
 
 
 def _series(rows: Sequence[Measurement], metric: str, hooks: Sequence[str]) -> Float[np.ndarray, "hook 3"]:
@@ -52,7 +68,7 @@ def layer_sweep(rows: Sequence[Measurement], *, title: str) -> "Figure":
 
     hooks = list(dict.fromkeys(row.hook for row in rows if row.metric == "auroc" and row.hook))
     chosen = next((row.hook for row in rows if row.metric == "chosen"), None)
-    figure = Figure(figsize=(max(7.0, 0.45 * len(hooks) + 3), 6.4), layout="constrained")
+    figure = Figure(figsize=(min(11.0, max(7.0, 0.3 * len(hooks) + 3)), 6.4), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     _band(top, _series(rows, "auroc", hooks), BLUE, "direction, 95 % interval")
     x = np.arange(len(hooks))
@@ -64,13 +80,12 @@ def layer_sweep(rows: Sequence[Measurement], *, title: str) -> "Figure":
         value, low, high = _series(rows, metric, hooks[:1])[0] if hooks else (np.nan,) * 3
         top.axhline(value, color=color, ls=style, lw=1.2, label=f"{label} {value:.2f} [{low:.2f}, {high:.2f}]")
     top.axhline(0.5, color="black", lw=0.6)
-    top.set(ylabel="AUROC on held-out pairs", ylim=(0, 1.02))
+    drawn = np.concatenate([line.get_ydata() for line in top.lines]).astype(float)  # from ½ on where nothing is lower
+    top.set(ylabel="AUROC on held-out pairs", ylim=(min(0.45, np.nanmin(drawn) - 0.03), 1.02))
     _band(bottom, _series(rows, "d_prime", hooks), BLUE, "d'")
     bottom.axhline(0, color="black", lw=0.6)
-    bottom.set(ylabel="d' (within-class SDs)", xlabel="hook")
-    bottom.set_xticks(
-        x, [_short(h) for h in hooks], rotation=45 if len(hooks) > 6 else 0, ha="right" if len(hooks) > 6 else "center"
-    )
+    bottom.set(ylabel="d' (within-class SDs)")
+    label_hooks(bottom, hooks)
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
         if chosen in hooks:

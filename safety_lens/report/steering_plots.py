@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from safety_lens.log import Measurement
-from safety_lens.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, _short, save_figure
+from safety_lens.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, save_figure, short_hook
 from safety_lens.report.steering_tables import Cells
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def layer_heatmap(rows: Sequence[Measurement], subject: str, scorer: str) -> "Fi
             if cells.chosen is not None and (cells.chosen.hook, cells.chosen.coeff) == (site, coeff):
                 axes.add_patch(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor="black", lw=2))
     axes.set_xticks(range(len(cells.coeffs)), [f"{c:g}" for c in cells.coeffs])
-    axes.set_yticks(range(len(cells.sites)), [_short(site) for site in cells.sites])
+    axes.set_yticks(range(len(cells.sites)), [short_hook(site) for site in cells.sites])
     axes.set(xlabel="coefficient", ylabel="site")
     axes.set_title(
         f"{subject} → {scorer}, test prompts\ndot: p < 0.05 over the whole grid; frame: chosen; hatched: answers break",
@@ -114,7 +114,9 @@ def layer_effectiveness(rows: Sequence[Measurement], subject: str, scorer: str) 
     bottom.axhline(0, color="black", lw=0.6)
     bottom.set(ylabel=f"{scorer} per unit", xlabel="site")
     many = len(x) > 8
-    bottom.set_xticks(x, [_short(s) for s in cells.sites], rotation=45 if many else 0, ha="right" if many else "center")
+    bottom.set_xticks(
+        x, [short_hook(s) for s in cells.sites], rotation=45 if many else 0, ha="right" if many else "center"
+    )
     top.set_title(f"{subject} → {scorer} at every site, both signs, test prompts", fontsize=10)
     _plain(top, bottom)
     _legend(figure, top, bottom, columns=1)
@@ -174,7 +176,7 @@ def _prompt_shares(axes: "Axes", cells: Cells) -> None:
     axes.set(xlabel="coefficient", ylabel="share of prompts", ylim=(-1.02, 1.02))
     anti = cells.get(site, None, "anti_steerable")
     note = "" if np.isnan(anti.value) else f"\nanti-steerable {anti.value:.2f} [{anti.low:.2f}, {anti.high:.2f}]"
-    axes.set_title(f"prompt by prompt at {_short(site)}{note}", fontsize=10)
+    axes.set_title(f"prompt by prompt at {short_hook(site)}{note}", fontsize=10)
     _legend_below(axes)
 
 
@@ -193,7 +195,7 @@ def _subsets(axes: "Axes", rows: Sequence[Measurement], cells: Cells) -> None:
         axes.fill_between(at, curve[:, 1], curve[:, 2], color=color, alpha=0.15, lw=0)
     axes.axhline(0, color="black", lw=0.6)
     axes.set(xlabel="coefficient", ylabel=f"change of {cells.scorer}", xlim=(x.min(), x.max()))
-    axes.set_title(f"subsets of prompts at {_short(site)}", fontsize=10)
+    axes.set_title(f"subsets of prompts at {short_hook(site)}", fontsize=10)
     _legend_below(axes)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from safety_lens.log import Measurement
-from safety_lens.report.plots import _short as short
+from safety_lens.report.plots import short_hook as short
 from safety_lens.report.tables import number, p_value, with_interval
 from safety_lens.report.whole_words import WordTable
 from safety_lens.stats import UNKNOWN, Interval

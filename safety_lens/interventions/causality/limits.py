@@ -1,4 +1,4 @@
-"""What a causal candidate must satisfy, and which candidates are not worth a forward pass."""
+"""Limits of a causal choice, stated before looking, and candidates that are not worth a forward pass."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,30 +12,54 @@ STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out"
 
 @dataclass(frozen=True)
 class Limits:
-    """What a candidate must satisfy, stated before looking.
+    """Limits that a candidate must satisfy, and the size of the search.
 
-    max_kl: nats. latest: depth in [0, 1] from which on candidates are left out: so near the output they steer words.
-    near: cosine above which a candidate is not scored beside a more
-    separating one that passes. min_induce: the mean behaviour score
-    that adding must reach. coeff: how often the vector is added. controls: random directions of the same length that a
-    candidate must beat, each of them, in both bypass and induce (20: p < 0.05 each); 0 asks for no control.
+    Shares are parts of the way between the model's own levels: the mean log-odds of the selection prompts whose answers
+    show the behaviour (1 for induce, 0 for bypass) and of those whose answers do not (0 and 1).
+
+    Attributes:
+        max_kl: Nats that ablation may change the first answer token of negative prompts by.
+        min_bypass: Share of the way down that ablation must bring positive prompts.
+        min_induce: Share of the way up that addition must bring negative prompts.
+        latest: Depth in [0, 1] from which on candidates are left out: so near the output they steer words.
+        near: Cosine above which a candidate counts as a near-duplicate of a more separating one.
+        coeff: Coefficient of the addition.
+        scope: Tokens to which it is added: "prompt" asks whether the prompt makes the model begin so, "all" edits the
+            tokens of the answer, too.
+        coarse: Prompts of each side in the first pass over the hooks.
+        finalists: Hooks that are then measured on all selection prompts.
+        prompts: Selection prompts of each side that are labelled at most.
+        draws: Random and shuffled directions, each, that the chosen one is compared with; 0 asks for none.
+        control_prompts: Prompts of each side on which they are compared.
+        max_p: Largest p, (1 + draws that do as much) / (1 + draws), with which a candidate passes.
     """
 
     max_kl: float = 0.1
+    min_bypass: float = 1 / 3
+    min_induce: float = 1 / 3
     latest: float = 0.8
     near: float = 0.99
-    min_induce: float = 0.0
     coeff: float = 1.0
-    controls: int = 20
+    scope: str = "prompt"
+    coarse: int = 8
+    finalists: int = 3
+    prompts: int = 48
+    draws: int = 99
+    control_prompts: int = 6
+    max_p: float = 0.05
+
+
+FEWEST = 24
+"""Selection prompts of a side below which the choice carries a remark."""
 
 
 def ablatable(direction: Direction, d_model: int) -> bool:
-    """Whether the direction lies in the residual stream, so that it can be removed wherever the stream is written."""
+    """Whether a direction lies in the residual stream, so that it can be removed wherever the stream is written."""
     return direction.hook.endswith(STREAM) and len(direction.vector) == d_model
 
 
 def left_out(directions: Mapping[str, Direction], limits: Limits, *, n_layers: int, d_model: int) -> dict[str, str]:
-    """Hook → why its candidate is not scored at all."""
+    """Reasons why candidates are not measured at all, by hook."""
     out: dict[str, str] = {}
     for hook, direction in directions.items():
         if not ablatable(direction, d_model):

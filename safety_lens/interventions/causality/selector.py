@@ -1,36 +1,45 @@
-"""`select="causal"`: the hook whose direction the model uses, not the one that separates best.
+"""Causal selection: the hook whose direction the model uses, not the one that separates best.
 
 A direction may separate two sides perfectly and do nothing: the AUROC only says that the information is there. Here
-each candidate is ablated where the concept is present (bypass), added where it is absent (induce), and charged for what
-its ablation changes where it is absent (KL), as Arditi et al. 2024 choose the refusal direction.
+each candidate is ablated where the model shows the behaviour (bypass), added where it does not (induce), and charged
+for what its ablation changes there (KL), as Arditi et al. 2024 choose the refusal direction.
 """
 
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from safety_lens.activations import encode_for
-from safety_lens.data import Encoded
+from safety_lens.data import Concept, Encoded
 from safety_lens.errors import DataError
-from safety_lens.interventions.causality.behaviour import ReadLogits, TokenLogOdds, derive_log_odds
-from safety_lens.interventions.causality.limits import Limits, ablatable, in_order, left_out, twin
+from safety_lens.interventions.behaviours import Behaviour
+from safety_lens.interventions.causality.after import measure_after
+from safety_lens.interventions.causality.controls import CONTROLS, other_concepts
+from safety_lens.interventions.causality.limits import FEWEST, Limits, ablatable, in_order, left_out, twin
 from safety_lens.interventions.causality.use import CausalUse, PerPrompt, clustered_mean
-from safety_lens.interventions.sweeping.controls import random_direction
+from safety_lens.interventions.named_behaviours import behaviour_named
 from safety_lens.log import Measurement
 from safety_lens.probes.directions import Direction
-from safety_lens.probes.evaluate import clusters_of
-from safety_lens.probes.selection import PREFERRED_DEPTH, Candidates, Choice, Selector, by_separability, depth
-from safety_lens.stats import Interval
+from safety_lens.probes.extract import DirectionSet
+from safety_lens.probes.selection import PREFERRED_DEPTH, Candidates, Choice, by_separability, depth
+from safety_lens.stats import UNKNOWN, Interval
+from safety_lens.types import Prompt
 
 NAN = float("nan")
 STANDARD = Limits()
+FEW_HOOKS = 12
+"""Hooks up to which the first pass measures all of them; of more it takes every second one, then their neighbours."""
+LEAST = 2
+"""Prompts of a side without which nothing is measured."""
 
 
 def causal_selector(
-    behaviour: ReadLogits | None = None,
+    behaviour: Behaviour | str | None = None,
     *,
     limits: Limits = STANDARD,
     truncate: bool = False,
@@ -38,62 +47,189 @@ def causal_selector(
     batch_size: int | str = "auto",
     seed: int = 0,
     on_candidate: Callable[[int], None] | None = None,
-) -> Selector:
-    """A selector for `extract_directions(select=...)` that looks at what each direction does on the selection pairs.
+) -> "CausalSelector":
+    """Make a selector for `extract_directions(select=...)` that measures the effects of each direction.
+
+    Only selection pairs are used, and of them the positive prompts whose answers show the behaviour and the negative
+    ones whose answers do not. A first pass measures few prompts at many hooks, a second pass all prompts at the best.
+    Among those within the limits least bypass wins; those that a paired bootstrap over templates (pairs where unknown)
+    cannot tell from the least are settled by the largest induce, equal ones by nearness to depth 0.6. The winner must
+    then beat directions of equal length: random ones that match the variance, and refits on shuffled labels.
+
+    Where no behaviour can be derived or no hook passes, the choice is that of `by_separability`, the first words of the
+    reason say so, and the measurement `causal_passed` is 0.
 
     Args:
-        behaviour: score of the next token's logits, above 0 where the behaviour is shown. None derives the log-odds of
-            the tokens with which answers to positive training prompts begin and those to negative ones do not.
-        truncate, template_kwargs: as the activations were read.
+        behaviour: A behaviour, or what names one (`named_behaviours.FORMS`). None takes the one that belongs to the
+            concept, derived from the model's answers to built-in prompts, and else derives one from its answers to the
+            training pairs, labelled by side.
+        limits: Limits of the choice and size of the search.
+        truncate: As the activations were read.
+        template_kwargs: As the activations were read.
+        batch_size: Trees in a forward pass, or "auto".
+        seed: Seed of the bootstrap, of the order of the prompts and of the controls.
+        on_candidate: Called with 1 for each hook that is done, for a progress bar.
+    """
+    reading = {"truncate": truncate, "template_kwargs": template_kwargs}
+    return CausalSelector(behaviour, limits, reading, batch_size, seed, on_candidate or (lambda _: None))
 
-    The reporting split is not looked at. Least bypass wins among candidates within the limits; those that a paired
-    bootstrap over templates (pairs where unknown) cannot tell from the least are settled by the largest induce, equal
-    ones by nearness to depth 0.6. Where none passes, the choice is that of `by_separability`, the reason's first words
-    say so, and the measurement `causal_passed` is 0.
 
-    Raises:
-        DataError: pairs with answers, or whose answers do not part at a first token and no `behaviour` is given.
+@dataclass(eq=False)
+class CausalSelector:
+    """A selector that keeps what it derived.
+
+    Attributes:
+        behaviours: Concept → the behaviour that was read.
+        seconds: CPU seconds of "derivation", "search", "controls" and "report".
     """
 
-    def choose(candidates: Candidates) -> Choice:
-        def sides(split: str) -> tuple[list[Encoded], list[Encoded]]:
-            return _encoded(candidates, split, truncate, template_kwargs)
+    wanted: Behaviour | str | None
+    limits: Limits
+    reading: dict[str, Any]
+    batch_size: int | str
+    seed: int
+    advance: Callable[[int], None]
+    behaviours: dict[str, Behaviour] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
-        score = behaviour
-        if score is None:
-            score = derive_log_odds(candidates.model, *sides("train"), batch_size=batch_size)
-        use = CausalUse(candidates.model, *sides(candidates.split), score, batch_size=batch_size)
-        positive, negative = use.base_positive.mean(), use.base_negative.mean()
-        if not positive > negative:
-            raise DataError(
-                f"{candidates.acts.concept.name}: the behaviour score of the positive {candidates.split} prompts"
-                f" ({positive:.2f}) is not above that of the negative ones ({negative:.2f}); hand in another behaviour="
+    def __call__(self, candidates: Candidates) -> Choice:
+        """Choose a hook; see `causal_selector`."""
+        separable = by_separability(candidates)
+        behaviour = self._behaviour(candidates)
+        try:
+            if behaviour.openings is None:
+                raise DataError(f"no behaviour can be read: {behaviour.fault}")
+            with self.timed("search"):
+                prompts = _selection_prompts(candidates, behaviour, self)
+                use = CausalUse(
+                    candidates.model, prompts.positive, prompts.negative, behaviour.openings, batch_size=self.batch_size
+                )
+                _check_order(candidates, use)
+        except DataError as error:  # the directions that were read are worth keeping without a causal choice
+            passed = Measurement(candidates.acts.concept.name, "causal_passed", 0.0, split=candidates.split)
+            reason = f"NO causal choice: {error}; taken by separability: {separable.reason}"
+            return Choice(separable.hook, reason, (*separable.measurements, passed), behaviour.entry())
+        choice = _Search(candidates, use, self, prompts, separable).run()
+        return replace(choice, behaviour=behaviour.entry())
+
+    def _behaviour(self, candidates: Candidates) -> Behaviour:
+        name = candidates.acts.concept.name
+        if isinstance(self.wanted, Behaviour):
+            self.behaviours[name] = self.wanted
+        elif name not in self.behaviours:
+            with self.timed("derivation"):
+                self.behaviours[name] = behaviour_named(
+                    self.wanted,
+                    candidates.model,
+                    candidates.acts.concept,
+                    seed=self.seed,
+                    template_kwargs=self.reading["template_kwargs"],
+                )
+        return self.behaviours[name]
+
+    def encoded(self, candidates_model: Any, concept: Concept, prompts: Sequence[Prompt]) -> list[Encoded]:
+        """Prompts as the activations were read.
+
+        Raises:
+            DataError: Prompts that hold their answers already.
+        """
+        found = encode_for(candidates_model, prompts, raw=concept.raw, **self.reading)
+        if any(e.answer is not None for e in found):
+            raise DataError(f"the pairs of {concept.name} hold the answers already, so that nothing can be answered")
+        return found
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the CPU seconds of a block to a part."""
+        start = time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.process_time() - start
+
+    def report(self, model: Any, concept: Concept, found: DirectionSet, *, most: int = 32) -> DirectionSet:
+        """Add what the chosen direction does on reporting pairs, which the selection did not see.
+
+        Args:
+            model: The model that was read.
+            concept: The concept with its reporting pairs.
+            found: Directions that this selector chose from.
+            most: Prompts of each side at most.
+
+        Returns:
+            The same directions with more measurements; unchanged where the choice is not a causal one.
+        """
+        if found.choice is None or not found.choice.causal:
+            return found
+        sides = [[getattr(pair, side) for pair in concept.test[:most]] for side in ("positive", "negative")]
+        with self.timed("report"):
+            rows = measure_after(
+                model,
+                [(prompts, self.encoded(model, concept, prompts)) for prompts in sides],
+                found.best,
+                self.behaviours[concept.name],
+                coeff=self.limits.coeff,
+                scope=self.limits.scope,
+                seed=self.seed,
             )
-        return _Search(candidates, use, limits, seed, on_candidate or (lambda _: None)).run()
+        subject = f"{found.concept}/{found.method}"
+        rows = [replace(row, subject=subject, seed=self.seed) for row in rows]
+        choice = replace(found.choice, measurements=(*found.choice.measurements, *rows))
+        return replace(found, choice=choice, measurements=(*found.measurements, *rows))
 
-    return choose
+
+class _Prompts(NamedTuple):
+    """Selection prompts that the model answers as their side says, with their templates, and how many were labelled."""
+
+    positive: list[Encoded]
+    negative: list[Encoded]
+    clusters: tuple[list[str], list[str]]
+    labelled: tuple[int, int]
 
 
-def _encoded(
-    candidates: Candidates, split: str, truncate: bool, template_kwargs: dict[str, Any] | None
-) -> tuple[list[Encoded], list[Encoded]]:
-    """Both sides of a split, tokenised as the activations were read."""
-    pairs, concept = candidates.acts.pairs(split), candidates.acts.concept
-    positive, negative = (
-        encode_for(candidates.model, side, raw=concept.raw, truncate=truncate, template_kwargs=template_kwargs)
-        for side in ([p.positive for p in pairs], [p.negative for p in pairs])
-    )
-    if any(e.answer is not None for e in (*positive, *negative)):
+def _selection_prompts(candidates: Candidates, behaviour: Behaviour, selector: CausalSelector) -> _Prompts:
+    """Prompts of the selection pairs, filtered by the labels of their answers where a reader knows them.
+
+    Raises:
+        DataError: Too few are left on a side.
+    """
+    concept, pairs = candidates.acts.concept, candidates.acts.pairs(candidates.split)
+    order = np.random.default_rng(selector.seed).permutation(len(pairs))[: selector.limits.prompts]
+    groups = [group if group is not None else str(i) for i, group in enumerate(candidates.groups)]
+    sides, clusters = [], []
+    for wanted, side in ((1.0, "positive"), (0.0, "negative")):
+        prompts = [getattr(pairs[i], side) for i in order]
+        encoded = selector.encoded(candidates.model, concept, prompts)
+        labels = behaviour.labels(candidates.model, prompts, encoded=encoded)
+        fits = labels == wanted if np.isfinite(labels).any() else np.ones(len(prompts), dtype=bool)
+        if fits.sum() < LEAST:
+            state = "do" if wanted else "do not"
+            raise DataError(
+                f"{fits.sum()} of {len(prompts)} answers to {side} {candidates.split} prompts of {concept.name} {state}"
+                f" show {behaviour.name}"
+            )
+        sides.append([e for e, fit in zip(encoded, fits, strict=True) if fit])
+        clusters.append([groups[i] for i, fit in zip(order, fits, strict=True) if fit])
+    return _Prompts(sides[0], sides[1], (clusters[0], clusters[1]), (len(order), len(order)))
+
+
+def _check_order(candidates: Candidates, use: CausalUse) -> None:
+    positive, negative = use.base_positive.mean(), use.base_negative.mean()
+    if not positive > negative:
         raise DataError(
-            f"{concept.name}: select='causal' reads what the model would answer, but these pairs hold the answers"
-            " already; select by separability or name a hook"
+            f"the log-odds of the positive {candidates.split} prompts ({positive:.2f}) are not above those of the"
+            f" negative ones ({negative:.2f})"
         )
-    return positive, negative
 
 
 class _Use(NamedTuple):
-    """What one candidate does: scores of positive prompts under ablation, of negative ones under addition, and the KL
-    of ablating it on negative ones."""
+    """Effects of one candidate on each prompt.
+
+    Attributes:
+        bypass: Log-odds of positive prompts under ablation.
+        induce: Log-odds of negative prompts under addition.
+        kl: KL of ablation on negative prompts, in nats.
+    """
 
     bypass: PerPrompt
     induce: PerPrompt
@@ -102,64 +238,123 @@ class _Use(NamedTuple):
 
 @dataclass(eq=False)
 class _Search:
-    """One selection in progress: what was left out and why, what each remaining candidate does."""
+    """One selection in progress: candidates that were left out and why, and effects of the others."""
 
     candidates: Candidates
     use: CausalUse
-    limits: Limits
-    seed: int
-    advance: Callable[[int], None]
+    selector: CausalSelector
+    prompts: _Prompts
+    separable: Choice
     out: dict[str, str] = field(default_factory=dict)
     found: dict[str, _Use] = field(default_factory=dict)
+    finalists: set[str] = field(default_factory=set)
+
+    @property
+    def limits(self) -> Limits:
+        return self.selector.limits
 
     def run(self) -> Choice:
-        separable = by_separability(self.candidates)
-        gaps = {str(r.hook): r.value for r in separable.measurements if r.metric == "select_d_prime"}
-        directions, cfg = self.candidates.directions, self.use.model.cfg
-        self.out = left_out(directions, self.limits, n_layers=cfg.n_layers, d_model=cfg.d_model)
-        for hook in in_order(directions, gaps, cfg.n_layers):
-            passed = [directions[h] for h in self.found if h not in self.out]
-            if hook not in self.out and (near := twin(directions[hook], passed, self.limits.near)):
-                self.out[hook] = f"near-duplicate: cosine above {self.limits.near:g} with {near}"
-            # the separable one is measured whatever speaks against it: it is what this choice is compared with
-            compared = hook == separable.hook and ablatable(directions[hook], cfg.d_model)
-            if hook not in self.out or compared:
-                self._measure(directions[hook], whatever=compared)
-            self.advance(1)
-        passing = {hook: use for hook, use in self.found.items() if hook not in self.out}
-        chosen, tie, controls = None, "", list[Measurement]()
+        with self.selector.timed("search"):
+            self._first_pass()
+            self._second_pass()
+        passing = {hook: use for hook, use in self.found.items() if hook not in self.out and hook in self.finalists}
+        passed, chosen, tie, controls = len(passing), None, "", list[Measurement]()
         while passing and chosen is None:
             best, tie = self._best(passing)
-            controls += self._against_random(best)
+            with self.selector.timed("controls"):
+                controls += self._against_controls(best)
             if best in self.out:
                 del passing[best]
             else:
                 chosen = best
-        rows = (*separable.measurements, *self._rows(separable.hook, len(passing)), *controls)
+        rows = (*self.separable.measurements, *self._rows(passed if chosen else 0), *controls)
         if chosen is None:
-            return Choice(separable.hook, f"{self._none()}; taken by separability: {separable.reason}", rows)
-        return Choice(chosen, self._why(chosen, len(passing), separable.hook) + tie, rows)
+            reason = f"{self._none()}; taken by separability: {self.separable.reason}"
+            return Choice(self.separable.hook, reason, rows)
+        return Choice(chosen, self._why(chosen, passed) + tie, rows)
 
-    def _measure(self, direction: Direction, *, whatever: bool) -> None:
-        hook, kl = direction.hook, self.use.kl(direction)
-        if not kl.mean() <= self.limits.max_kl:
-            self.out.setdefault(hook, f"KL too large: {kl.mean():.2g} nats, above {self.limits.max_kl:g}")
-        if hook in self.out and not whatever:
-            unknown = np.full(len(kl), NAN)
-            self.found[hook] = _Use(unknown, unknown, kl)
-            return
-        induce = self.use.induce([direction], self.limits.coeff)[0]
-        self.found[hook] = _Use(self.use.bypass(direction), induce, kl)
-        if not induce.mean() >= self.limits.min_induce:
-            self.out.setdefault(hook, f"does not induce: score {induce.mean():.2g}, below {self.limits.min_induce:g}")
+    def _first_pass(self) -> None:
+        """Measure few prompts at many hooks."""
+        cfg, directions = self.use.model.cfg, self.candidates.directions
+        gaps = {str(r.hook): r.value for r in self.separable.measurements if r.metric == "select_d_prime"}
+        self.out = left_out(directions, self.limits, n_layers=cfg.n_layers, d_model=cfg.d_model)
+        order = [hook for hook in in_order(directions, gaps, cfg.n_layers) if hook not in self.out]
+        few = self.use.first(self.limits.coarse)
+        by_depth = sorted(order, key=lambda hook: (depth(hook, cfg.n_layers), hook))
+        step = 1 if len(order) <= FEW_HOOKS else 2
+        self._look_at(few, sorted(by_depth[::step], key=order.index))
+        if step > 1:
+            places = [by_depth.index(hook) for hook in self._ranked()[:2]]
+            self._look_at(few, [hook for place in places for hook in by_depth[max(0, place - 1) : place + 2]])
+        for hook in by_depth:
+            if hook not in self.found:
+                self.out.setdefault(hook, "not measured: hooks next to it do less than others")
+        # the separable one is measured whatever speaks against it: it is what this choice is compared with
+        if self.separable.hook not in self.found and ablatable(directions[self.separable.hook], cfg.d_model):
+            self._measure(few, self.separable.hook)
 
-    def _mean(self, values: PerPrompt) -> Interval:
-        return clustered_mean(values, clusters_of(self.candidates.groups), seed=self.seed)
+    def _look_at(self, few: CausalUse, hooks: Sequence[str]) -> None:
+        """Measure hooks that are not yet measured, but for near-duplicates of hooks within the limits."""
+        directions = self.candidates.directions
+        for hook in hooks:
+            within = [directions[h] for h, use in self.found.items() if h not in self.out and not self._failure(use)]
+            if hook in self.found or hook in self.out:
+                continue
+            if near := twin(directions[hook], within, self.limits.near):
+                self.out[hook] = f"near-duplicate: cosine above {self.limits.near:g} with {near}"
+            else:
+                self._measure(few, hook)
+
+    def _second_pass(self) -> None:
+        """Measure all prompts at the best hooks, and judge them by the limits."""
+        for hook in self._ranked()[: self.limits.finalists]:
+            self._measure(self.use, hook)
+            self.finalists.add(hook)
+        for hook, use in self.found.items():
+            late = "" if hook in self.finalists else "not a finalist: others do more on few prompts"
+            if failure := self._failure(use) or late:
+                self.out.setdefault(hook, failure)
+
+    def _failure(self, use: _Use) -> str:
+        """The first limit that a candidate does not keep, or an empty text."""
+        limits, kl, (down, up) = self.limits, use.kl.mean(), self._shares(use)
+        if not kl <= limits.max_kl:
+            return f"KL too large: {kl:.2g} nats, above {limits.max_kl:g}"
+        if not down >= limits.min_bypass:
+            return f"does not bypass: {down:.0%} of the way, below {limits.min_bypass:.0%}"
+        if not up >= limits.min_induce:
+            return f"does not induce: {up:.0%} of the way, below {limits.min_induce:.0%}"
+        return ""
+
+    def _measure(self, use: CausalUse, hook: str) -> None:
+        direction = self.candidates.directions[hook]
+        induce = use.induce([direction], self.limits.coeff, self.limits.scope)[0]
+        self.found[hook] = _Use(use.bypass(direction), induce, use.kl(direction))
+        self.selector.advance(1)
+
+    def _ranked(self) -> list[str]:
+        """Measured hooks that may be chosen: those within the KL limit first, then by the sum of both shares."""
+
+        def rank(hook: str) -> tuple[bool, float]:
+            use = self.found[hook]
+            return bool(use.kl.mean() > self.limits.max_kl), -sum(min(share, 1.0) for share in self._shares(use))
+
+        return sorted((hook for hook in self.found if hook not in self.out), key=rank)
+
+    def _shares(self, use: _Use) -> tuple[float, float]:
+        """Parts of the way between the levels of the same prompts: down under ablation, up under addition."""
+        positive = self.use.base_positive[: len(use.bypass)].mean()
+        negative = self.use.base_negative[: len(use.induce)].mean()
+        way = positive - negative
+        return float((positive - use.bypass.mean()) / way), float((use.induce.mean() - negative) / way)
+
+    def _mean(self, values: PerPrompt, side: int) -> Interval:
+        return clustered_mean(values, self.prompts.clusters[side][: len(values)], seed=self.selector.seed)
 
     def _best(self, passing: Mapping[str, _Use]) -> tuple[str, str]:
         """Least bypass; of those not told apart from it the largest induce; of equal ones the depth set beforehand."""
         least = min(passing, key=lambda h: float(passing[h].bypass.mean()))
-        tied = [h for h in passing if not self._mean(passing[h].bypass - passing[least].bypass).low > 0]
+        tied = [h for h in passing if not self._mean(passing[h].bypass - passing[least].bypass, 0).low > 0]
         most = max(float(passing[h].induce.mean()) for h in tied)
         equal = [h for h in tied if float(passing[h].induce.mean()) >= most - 1e-6 * abs(most)]
         n_layers = self.use.model.cfg.n_layers
@@ -169,50 +364,88 @@ class _Search:
         settled = "largest induce" if len(equal) == 1 else f"equal in induce too: nearest to depth {PREFERRED_DEPTH}"
         return best, f"; bypass not told apart from {', '.join(h for h in tied if h != best)}: {settled} taken"
 
-    def _against_random(self, hook: str) -> list[Measurement]:
-        """Leaves the candidate out where a random direction of its length does as much."""
-        n = self.limits.controls
-        if not n:
+    def _against_controls(self, hook: str) -> list[Measurement]:
+        """Compare the direction with controls of its length on few prompts, and leave it out where they do as much."""
+        if not self.limits.draws:
             return []
-        like = self.candidates.directions[hook]
-        controls = [random_direction(like, k, self.seed) for k in range(n)]
-        bypass = [float(self.use.bypass(d).mean()) for d in controls]
-        induce = [float(scores.mean()) for scores in self.use.induce(controls, self.limits.coeff)]
-        found = self.found[hook]
-        if not (found.bypass.mean() < min(bypass) and found.induce.mean() > max(induce)):
-            self.out[hook] = f"no better than random: one of {n} directions of its length does as much"
-        note = f"mean and range of {n} random directions"
-        return [
-            self._row("bypass_random", Interval(float(np.mean(bypass)), min(bypass), max(bypass)), hook, note),
-            self._row("induce_random", Interval(float(np.mean(induce)), min(induce), max(induce)), hook, note),
-        ]
+        few, real = self.use.first(self.limits.control_prompts), self.candidates.directions[hook]
+        own = self.found[hook]
+        mine = (own.bypass[: len(few.positive)].mean(), own.induce[: len(few.negative)].mean())
+        rows = []
+        for kind, (make, title) in CONTROLS.items():
+            drawn = make(self.candidates, real, self.limits.draws, self.selector.seed)
+            effects, p = self._drawn(few, drawn, mine)
+            for k, metric in enumerate(("bypass", "induce")):
+                values, note = effects[:, k], f"mean and range of {len(effects)} {title}"
+                spread = Interval(values.mean(), values.min(), values.max()) if len(values) else UNKNOWN
+                rows.append(self._row(f"{metric}_{kind}", spread, hook, note))
+                rows.append(self._row(f"{metric}_{kind}_p", Interval(p[k], NAN, NAN), hook))
+            if max(p) > self.limits.max_p:
+                self.out[hook] = f"no better than {kind}: {title} of its length do as much (p = {max(p):.2g})"
+                return rows
+        for name, direction in other_concepts(self.use.model, real, self.candidates.acts.positions).items():
+            found = self._effects(few, direction)
+            rows += [
+                self._row(f"{metric}_concept", Interval(value, NAN, NAN), hook, name)
+                for metric, value in zip(("bypass", "induce"), found, strict=True)
+            ]
+        return rows
 
-    def _row(self, metric: str, value: Interval, hook: str | None = None, note: str | None = None) -> Measurement:
-        n, split = len(self.candidates.groups), self.candidates.split
-        return Measurement(self.candidates.acts.concept.name, metric, *value, n, hook, split, note=note)
+    def _drawn(
+        self, few: CausalUse, drawn: Iterator[Direction], mine: tuple[float, float]
+    ) -> tuple[np.ndarray, tuple[float, float]]:
+        """Bypass and induce of each draw, and p of both; drawing ends where p can no longer be small enough."""
+        most = self.limits.max_p * (self.limits.draws + 1) - 1
+        effects, extreme = list[tuple[float, float]](), np.zeros(2)
+        for direction in drawn:
+            values = self._effects(few, direction)
+            effects.append(values)
+            extreme += [values[0] <= mine[0], values[1] >= mine[1]]
+            if extreme.max() > most:
+                break
+        p = (1 + extreme) / (1 + len(effects))
+        return np.array(effects).reshape(-1, 2), (float(p[0]), float(p[1]))
 
-    def _rows(self, separable: str, passed: int) -> list[Measurement]:
+    def _effects(self, use: CausalUse, direction: Direction) -> tuple[float, float]:
+        """Mean bypass and mean induce of a direction."""
+        induce = use.induce([direction], self.limits.coeff, self.limits.scope)[0]
+        return float(use.bypass(direction).mean()), float(induce.mean())
+
+    def _row(
+        self, metric: str, value: Interval, hook: str | None = None, note: str | None = None, n: int | None = None
+    ) -> Measurement:
+        concept, split = self.candidates.acts.concept.name, self.candidates.split
+        low, high = float(value.low), float(value.high)
+        return Measurement(concept, metric, float(value.value), low, high, n, hook, split, note=note)
+
+    def _rows(self, passed: int) -> list[Measurement]:
+        use, notes = self.use, self._behaviour_note()
+        counts = [(len(use.positive), self.prompts.labelled[0]), (len(use.negative), self.prompts.labelled[1])]
+        levels = (use.base_positive, use.base_negative)
         rows = [
-            self._row("behaviour_positive", self._mean(self.use.base_positive), note=self._score()),
-            self._row("behaviour_negative", self._mean(self.use.base_negative), note=self._score()),
-            self._row("chosen_by_separability", Interval(1.0, NAN, NAN), separable),
+            self._row(f"behaviour_{side}", self._mean(levels[k], k), note=notes, n=counts[k][0])
+            for k, side in enumerate(("positive", "negative"))
         ]
-        for hook, use in self.found.items():
-            known = {m: values for m, values in use._asdict().items() if np.isfinite(values).any()}
-            rows += [self._row(metric, self._mean(values), hook) for metric, values in known.items()]
+        rows += [
+            self._row(f"selection_prompts_{side}", Interval(float(k), NAN, NAN), note=f"of {labelled}", n=labelled)
+            for side, (k, labelled) in zip(("positive", "negative"), counts, strict=True)
+        ]
+        rows.append(self._row("chosen_by_separability", Interval(1.0, NAN, NAN), self.separable.hook))
+        for hook, effects in self.found.items():
+            shares, note = self._shares(effects), None if hook in self.finalists else "first pass"
+            for metric, side in (("bypass", 0), ("induce", 1), ("kl", 1)):
+                values = getattr(effects, metric)
+                rows.append(self._row(metric, self._mean(values, side), hook, note, len(values)))
+            for metric, share in zip(("bypass_share", "induce_share"), shares, strict=True):
+                rows.append(self._row(metric, Interval(share, NAN, NAN), hook, note))
         for hook in self.candidates.directions:
             eligible = Interval(float(hook not in self.out), NAN, NAN)
             rows.append(self._row("causal_eligible", eligible, hook, self.out.get(hook)))
         return [*rows, self._row("causal_passed", Interval(float(passed), NAN, NAN))]
 
-    def _score(self) -> str:
-        score = self.use.behaviour
-        if not isinstance(score, TokenLogOdds) or self.use.model.tokenizer is None:
-            return getattr(score, "__name__", repr(score))
-        words = [repr(self.use.model.tokenizer.decode([i])) for i in score.ids]
-        more = f" and {len(words) - 6} more" if len(words) > 6 else ""
-        behind = f" behind {self.use.model.tokenizer.decode(list(score.prefix))!r}" if score.prefix else ""
-        return f"log-odds of {', '.join(words[:6])}{more}{behind} (total variation {score.distance:.2f})"
+    def _behaviour_note(self) -> str:
+        behaviour = self.selector.behaviours[self.candidates.acts.concept.name]
+        return f"{behaviour.name}: log-odds of {self.use.openings.listed()}"
 
     def _left_out(self) -> str:
         kinds = Counter(why.partition(":")[0] for why in self.out.values())
@@ -227,14 +460,18 @@ class _Search:
         )
         return f"NO hook of {len(self.candidates.directions)} passes the causal test ({self._left_out()}{hint})"
 
-    def _why(self, chosen: str, passed: int, separable: str) -> str:
-        use, split = self.found[chosen], self.candidates.split
+    def _why(self, chosen: str, passed: int) -> str:
+        use, split, (down, up) = self.found[chosen], self.candidates.split, self._shares(self.found[chosen])
         fitted = " (which the directions were fitted on)" if split == "train" else ""
-        left_out = self._left_out()
+        left_out, separable = self._left_out(), self.separable.hook
         same = "as by separability" if chosen == separable else f"separability alone would take {separable}"
+        n = (len(self.use.positive), len(self.use.negative))
+        few = f"; REMARK: fewer than {FEWEST} selection prompts on a side" if min(n) < FEWEST else ""
         return (
-            f"ablating it leaves the least behaviour on the {split} pairs{fitted}: score {use.bypass.mean():.2f},"
-            f" without an edit {self.use.base_positive.mean():.2f}; adding it brings negative prompts from"
-            f" {self.use.base_negative.mean():.2f} to {use.induce.mean():.2f}; KL {use.kl.mean():.2g} nats; {passed} of"
-            f" {len(self.candidates.directions)} hooks pass{f' ({left_out})' if left_out else ''}; {same}"
+            f"on the {split} pairs{fitted}, of which {n[0]} of {self.prompts.labelled[0]} positive prompts show the"
+            f" behaviour and {n[1]} of {self.prompts.labelled[1]} negative ones do not: ablating it brings the log-odds"
+            f" from {self.use.base_positive.mean():.2f} to {use.bypass.mean():.2f} ({down:.0%} of the way to the other"
+            f" level), adding it from {self.use.base_negative.mean():.2f} to {use.induce.mean():.2f} ({up:.0%}); KL"
+            f" {use.kl.mean():.2g} nats; {passed} of {len(self.candidates.directions)} hooks pass"
+            f"{f' ({left_out})' if left_out else ''}; {same}{few}"
         )

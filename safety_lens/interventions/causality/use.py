@@ -1,26 +1,23 @@
-"""What a direction does: bypass, induce and KL (Arditi et al. 2024, arXiv:2406.11717, app. C), for each prompt."""
+"""Effects of a direction on each prompt: bypass, induce and KL (Arditi et al. 2024, arXiv:2406.11717, app. C)."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from safety_lens.batching import length_batches
 from safety_lens.bootstrap import ratio_interval
 from safety_lens.data import Encoded
-from safety_lens.forced import TOKEN_BUDGET, unembedded
-from safety_lens.frames import Frame, running, whole
-from safety_lens.interventions.causality.behaviour import ReadLogits, TokenLogOdds, next_logprobs
+from safety_lens.interventions.openings import Forest, Openings, Spot, plant
 from safety_lens.interventions.steering import ablate, steer
-from safety_lens.kv import right_padded
+from safety_lens.models import named_hooks
 from safety_lens.probes.directions import Direction
 from safety_lens.stats import Interval
+from safety_lens.types import FwdHook
 
 PerPrompt = Float[np.ndarray, " prompt"]
 
@@ -38,10 +35,16 @@ def resume_layer(hook: str) -> int | None:
 
 
 class CausalUse:
-    """The two sides' prompts under one behaviour score; everything unedited is run once.
+    """Prompts that show a behaviour and prompts that do not, under the log-odds of its openings.
 
-    positive, negative: prompts that the model answers. behaviour: function of the logits behind each prompt; a
-    `TokenLogOdds` is read behind its prefix.
+    Everything unedited is run once.
+
+    Args:
+        model: The model that answers.
+        positive: Prompts whose answers show the behaviour.
+        negative: Prompts whose answers do not.
+        openings: Openings whose log-odds are read.
+        batch_size: Trees in a forward pass, or "auto".
     """
 
     def __init__(
@@ -49,82 +52,79 @@ class CausalUse:
         model: HookedTransformer,
         positive: Sequence[Encoded],
         negative: Sequence[Encoded],
-        behaviour: ReadLogits,
+        openings: Openings,
         *,
         batch_size: int | str = "auto",
     ) -> None:
-        self.model, self.positive, self.negative, self.behaviour = model, positive, negative, behaviour
-        self.prefix = behaviour.prefix if isinstance(behaviour, TokenLogOdds) else ()
+        self.model, self.positive, self.negative, self.openings = model, positive, negative, openings
         self.batch_size = batch_size
+
+    def first(self, n: int) -> "CausalUse":
+        """The same for the first prompts of both sides."""
+        return CausalUse(self.model, self.positive[:n], self.negative[:n], self.openings, batch_size=self.batch_size)
 
     @cached_property
     def base_positive(self) -> PerPrompt:
-        """Behaviour score of each positive prompt without an edit."""
-        return self._read(next_logprobs(self.model, self.positive, prefix=self.prefix, batch_size=self.batch_size))
+        """Log-odds of each positive prompt without an edit."""
+        return self.openings.log_odds(self.model, self.positive, batch_size=self.batch_size)
 
     @cached_property
     def base_negative(self) -> PerPrompt:
-        """Behaviour score of each negative prompt without an edit."""
-        return self._read(self._negative_logprobs)
-
-    @cached_property
-    def _negative_logprobs(self) -> Float[Tensor, "prompt d_vocab"]:
-        return next_logprobs(self.model, self.negative, prefix=self.prefix, batch_size=self.batch_size)
-
-    def _read(self, logits: Float[Tensor, "prompt d_vocab"]) -> PerPrompt:
-        return self.behaviour(logits).double().cpu().numpy()
+        """Log-odds of each negative prompt without an edit."""
+        return self.openings.log_odds(self.model, self.negative, batch_size=self.batch_size)
 
     def bypass(self, direction: Direction) -> PerPrompt:
-        """Behaviour score of each positive prompt with the direction ablated wherever the stream is written to."""
-        hooks = ablate(direction)
-        found = next_logprobs(self.model, self.positive, prefix=self.prefix, hooks=hooks, batch_size=self.batch_size)
-        return self._read(found)
+        """Log-odds of each positive prompt with the direction ablated wherever the stream is written to."""
+        return self.openings.log_odds(self.model, self.positive, ablate(direction), batch_size=self.batch_size)
 
     def kl(self, direction: Direction) -> PerPrompt:
-        """KL(unedited ‖ ablated) in nats of the token that is read, on each negative prompt."""
-        hooks = ablate(direction)
-        found = next_logprobs(
-            self.model, self.negative, prefix=self.prefix, hooks=hooks, batch_size=self.batch_size
-        ).double()
+        """KL(unedited ‖ ablated) in nats of the first answer token, on each negative prompt."""
+        found = self._first_logprobs(ablate(direction)).double()
         base = self._negative_logprobs.double()
         terms = torch.where(base.isfinite(), base.exp() * (base - found), 0.0)
         return terms.sum(-1).clamp(min=0.0).numpy()
 
-    def induce(self, directions: Sequence[Direction], coeff: float = 1.0) -> list[PerPrompt]:
-        """Behaviour score of each negative prompt with coeff · vector added to every token at the direction's hook.
+    @cached_property
+    def _negative_logprobs(self) -> Float[Tensor, "prompt d_vocab"]:
+        return self._first_logprobs([])
+
+    def _first_logprobs(self, hooks: Sequence[FwdHook]) -> Float[Tensor, "prompt d_vocab"]:
+        """Log-probabilities of the first answer token of each negative prompt."""
+        named, rows = named_hooks(self.model, hooks), dict[int, Tensor]()
+        for forest in plant(self.model, self.negative, [()], named, batch_size=self.batch_size):
+            spots, logits = forest.read(self.model, named)
+            rows |= {prompt: row.log_softmax(-1).cpu() for (prompt, _), row in zip(spots, logits, strict=True)}
+        return torch.stack([rows[i] for i in range(len(self.negative))])
+
+    def induce(self, directions: Sequence[Direction], coeff: float = 1.0, scope: str = "all") -> list[PerPrompt]:
+        """Log-odds of each negative prompt with coeff · vector added at the direction's hook, to the tokens of a scope.
 
         The unedited blocks before a hook run once for all directions. That is exact, because adding at a hook of the
         stream changes nothing before it; where it is not the stream, or other hooks are active, everything runs again.
         """
         foreign = any(point.fwd_hooks for point in self.model.hook_dict.values())
         layers = [None if foreign else resume_layer(d.hook) for d in directions]
-        out: list[PerPrompt] = [np.full(len(self.negative), np.nan) for _ in directions]
-        resumed = [k for k, layer in enumerate(layers) if layer is not None]
-        for part in self._batches() if resumed else ():
-            stream = self._stream(part, {directions[k].hook for k in resumed})
-            for k in resumed:
-                out[k][part.rows] = self._read(self._finish(directions[k], coeff, stream[directions[k].hook], part))
-        for k, d in enumerate(directions):
-            if layers[k] is None:
-                hooks = steer(d, coeff)
-                found = next_logprobs(
-                    self.model, self.negative, prefix=self.prefix, hooks=hooks, batch_size=self.batch_size
-                )
-                out[k] = self._read(found)
-        return out
+        branches = self.openings.branches
+        readings = [branches.reading(len(self.negative)) for _ in directions]
+        resumed = {k: layer for k, layer in enumerate(layers) if layer is not None}
+        hooks = {directions[k].hook for k in resumed}
+        edits = {k: steer(directions[k], coeff, scope=scope)[0] for k in resumed}
+        named = named_hooks(self.model, list(edits.values()))
+        forests = plant(self.model, self.negative, branches.paths, named, batch_size=self.batch_size)
+        for forest in forests if resumed else ():
+            stream = self._stream(forest, hooks)
+            for k, layer in resumed.items():
+                readings[k].add(*self._finish(edits[k], stream[directions[k].hook], forest, layer))
+        return [
+            readings[k].log_odds()
+            if k in resumed
+            else self.openings.log_odds(
+                self.model, self.negative, steer(d, coeff, scope=scope), batch_size=self.batch_size
+            )
+            for k, d in enumerate(directions)
+        ]
 
-    def _batches(self) -> Iterator["_Part"]:
-        ids = [(*e.ids, *self.prefix) for e in self.negative]
-        device = torch.device(self.model.cfg.device or "cpu")
-        cap = self.batch_size if isinstance(self.batch_size, int) else None
-        budget = 10**9 if cap else TOKEN_BUDGET.get(device.type, 2048)
-        for rows in length_batches([len(i) for i in ids], budget, max_rows=cap):
-            tokens, mask = right_padded([ids[i] for i in rows], device)
-            asked = [len(self.negative[i].ids) for i in rows]
-            frame = whole(mask, *(torch.tensor(numbers, device=device) for numbers in (asked, rows)))
-            yield _Part(list(rows), tokens, mask, frame)
-
-    def _stream(self, part: "_Part", hooks: set[str]) -> dict[str, Float[Tensor, "row pos d_model"]]:
+    def _stream(self, forest: Forest, hooks: set[str]) -> dict[str, Float[Tensor, "row pos d_model"]]:
         """The unedited residual stream at each hook, from one forward up to the last of them."""
         kept: dict[str, Tensor] = {}
 
@@ -133,28 +133,18 @@ class CausalUse:
 
         # a block must run for its own hook_resid_pre to fire
         stop = max(int(name.split(".")[1]) + 1 for name in hooks)
-        with torch.no_grad(), running(part.frame), self.model.hooks(fwd_hooks=[(name, keep) for name in hooks]):
-            self.model(part.tokens, attention_mask=part.mask, stop_at_layer=stop)
+        with torch.no_grad(), forest.running(), self.model.hooks(fwd_hooks=[(name, keep) for name in hooks]):
+            self.model(forest.tokens, attention_mask=forest.mask, stop_at_layer=stop)
         return kept
 
     def _finish(
-        self, direction: Direction, coeff: float, stream: Float[Tensor, "row pos d_model"], part: "_Part"
-    ) -> Float[Tensor, "row d_vocab"]:
-        """Logits behind each row's last token, with the direction added to the stream and the later blocks run."""
-        (_, edit), *_ = steer(direction, coeff)
-        layer, n_layers = resume_layer(direction.hook), self.model.cfg.n_layers
-        with torch.no_grad(), running(part.frame):
+        self, hook: FwdHook, stream: Float[Tensor, "row pos d_model"], forest: Forest, layer: int
+    ) -> tuple[list[Spot], Float[Tensor, "spot d_vocab"]]:
+        """Logits at every spot, with the direction added to the stream and the later blocks run."""
+        _, edit = hook
+        n_layers = self.model.cfg.n_layers
+        with torch.no_grad(), forest.running():
             resid = edit(stream)
-            if layer is not None and layer < n_layers:
-                resid = self.model(resid, attention_mask=part.mask, start_at_layer=layer, stop_at_layer=n_layers)
-            read = resid[torch.arange(len(resid), device=resid.device), part.mask.sum(1) - 1]
-            return unembedded(self.model, read[None])[0].float()
-
-
-class _Part(NamedTuple):
-    """A batch of negative prompts, padded behind."""
-
-    rows: list[int]
-    tokens: Int[Tensor, "row pos"]
-    mask: Int[Tensor, "row pos"]
-    frame: Frame
+            if layer < n_layers:
+                resid = self.model(resid, attention_mask=forest.mask, start_at_layer=layer, stop_at_layer=n_layers)
+        return forest.spots, forest.unembed(self.model, resid)
