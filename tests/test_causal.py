@@ -333,6 +333,14 @@ def test_shuffled_labels_do_not_pass() -> None:
     assert choice.reason.startswith("NO hook")
 
 
+def test_an_addition_that_is_too_weak_is_repeated_with_the_next_coefficient_and_that_is_kept() -> None:
+    behaviour = Behaviour("y", Unlabelled(), Openings((Opening((YES,)),)))
+    choice = causal_selector(behaviour, limits=replace(LIGHT, coeffs=(0.001, 1.5, 3.0)))(candidates())
+    assert choice.hook == "blocks.1.hook_resid_post"
+    assert {r.hook: r.coeff for r in choice.measurements if r.metric == "induce"}[choice.hook] == 1.5
+    assert "adding it 1.5 times" in choice.reason
+
+
 def test_the_chosen_one_beats_all_draws_and_p_is_one_in_a_hundred() -> None:
     choice = causal_selector(Behaviour("y", Unlabelled(), Openings((Opening((YES,)),))), limits=Limits(scope="all"))(
         candidates()

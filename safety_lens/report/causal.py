@@ -36,6 +36,8 @@ def causal_table(choice: "Choice", name: str) -> WordTable | None:
             for metric in ("select_auroc", "bypass", "induce", "kl")
         )
         shares = [_percent(_of(rows, f"{metric}_share", row.hook)) for metric in ("bypass", "induce")]
+        coeff = next((r.coeff for r in rows if r.metric == "induce" and r.hook == row.hook), None)
+        induce += "" if coeff in (None, 1.0) else f"\nat {coeff:g} times"
         gap = number(_of(rows, "select_d_prime", row.hook).value, 1)
         hook = short_hook(str(row.hook))
         table.add_row(hook, auroc, gap, bypass, shares[0], induce, shares[1], kl, Text("\n".join([*marks, *why])))

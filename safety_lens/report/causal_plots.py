@@ -22,7 +22,7 @@ def causal_sweep(choice: "Choice", *, title: str) -> "Figure | None":
     Hollow marks are hooks of the first pass, on few prompts; filled ones were measured on all selection prompts.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatterSciNotation
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = choice.measurements
     hooks = [str(r.hook) for r in rows if r.metric == "causal_eligible"]
@@ -51,7 +51,9 @@ def causal_sweep(choice: "Choice", *, title: str) -> "Figure | None":
     bottom.set_ylabel("KL (nats)")
     if all(r.value > 0 for r in rows if r.metric == "kl"):  # a KL of exactly 0 has no place on a log scale
         bottom.set_yscale("log")
-        bottom.yaxis.set_major_formatter(LogFormatterSciNotation())
+        bottom.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        bottom.yaxis.set_major_formatter("{x:g}")
+        bottom.yaxis.set_minor_formatter(NullFormatter())
     label_hooks(bottom, hooks)
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)

@@ -23,12 +23,13 @@ class Limits:
         min_induce: Share of the way up that addition must bring negative prompts.
         latest: Depth in [0, 1] from which on candidates are left out: so near the output they steer words.
         near: Cosine above which a candidate counts as a near-duplicate of a more separating one.
-        coeff: Coefficient of the addition.
+        coeffs: Coefficients of the addition, rising: a finalist takes the first with which it induces enough.
         scope: Tokens to which it is added: "prompt" asks whether the prompt makes the model begin so, "all" edits the
             tokens of the answer, too.
         coarse: Prompts of each side in the first pass over the hooks.
         finalists: Hooks that are then measured on all selection prompts.
-        prompts: Selection prompts of each side that are labelled at most.
+        positives: Positive selection prompts whose answers are labelled at most.
+        negatives: Negative ones.
         draws: Random and shuffled directions, each, that the chosen one is compared with; 0 asks for none.
         control_prompts: Prompts of each side on which they are compared.
         max_p: Largest p, (1 + draws that do as much) / (1 + draws), with which a candidate passes.
@@ -39,11 +40,12 @@ class Limits:
     min_induce: float = 1 / 3
     latest: float = 0.8
     near: float = 0.99
-    coeff: float = 1.0
+    coeffs: tuple[float, ...] = (1.0, 2.0, 4.0)
     scope: str = "prompt"
     coarse: int = 8
     finalists: int = 3
-    prompts: int = 48
+    positives: int = 64
+    negatives: int = 32
     draws: int = 99
     control_prompts: int = 6
     max_p: float = 0.05

@@ -161,6 +161,8 @@ class CausalSelector:
         """
         if found.choice is None or not found.choice.causal:
             return found
+        coeffs = (r.coeff for r in found.choice.measurements if (r.metric, r.hook) == ("induce", found.choice.hook))
+        coeff = next(c for c in coeffs if c is not None)
         sides = [[getattr(pair, side) for pair in concept.test[:most]] for side in ("positive", "negative")]
         with self.timed("report"):
             rows = measure_after(
@@ -168,7 +170,7 @@ class CausalSelector:
                 [(prompts, self.encoded(model, concept, prompts)) for prompts in sides],
                 found.best,
                 self.behaviours[concept.name],
-                coeff=self.limits.coeff,
+                coeff=coeff,
                 scope=self.limits.scope,
                 seed=self.seed,
             )
@@ -194,11 +196,14 @@ def _selection_prompts(candidates: Candidates, behaviour: Behaviour, selector: C
         DataError: Too few are left on a side.
     """
     concept, pairs = candidates.acts.concept, candidates.acts.pairs(candidates.split)
-    order = np.random.default_rng(selector.seed).permutation(len(pairs))[: selector.limits.prompts]
+    order = np.random.default_rng(selector.seed).permutation(len(pairs))
     groups = [group if group is not None else str(i) for i, group in enumerate(candidates.groups)]
-    sides, clusters = [], []
-    for wanted, side in ((1.0, "positive"), (0.0, "negative")):
-        prompts = [getattr(pairs[i], side) for i in order]
+    sides, clusters, labelled = [], [], []
+    for wanted, side, most in (
+        (1.0, "positive", selector.limits.positives),
+        (0.0, "negative", selector.limits.negatives),
+    ):
+        prompts = [getattr(pairs[i], side) for i in order[:most]]
         encoded = selector.encoded(candidates.model, concept, prompts)
         labels = behaviour.labels(candidates.model, prompts, encoded=encoded)
         fits = labels == wanted if np.isfinite(labels).any() else np.ones(len(prompts), dtype=bool)
@@ -209,8 +214,9 @@ def _selection_prompts(candidates: Candidates, behaviour: Behaviour, selector: C
                 f" show {behaviour.name}"
             )
         sides.append([e for e, fit in zip(encoded, fits, strict=True) if fit])
-        clusters.append([groups[i] for i, fit in zip(order, fits, strict=True) if fit])
-    return _Prompts(sides[0], sides[1], (clusters[0], clusters[1]), (len(order), len(order)))
+        clusters.append([groups[i] for i, fit in zip(order[:most], fits, strict=True) if fit])
+        labelled.append(len(prompts))
+    return _Prompts(sides[0], sides[1], (clusters[0], clusters[1]), (labelled[0], labelled[1]))
 
 
 def _check_order(candidates: Candidates, use: CausalUse) -> None:
@@ -229,11 +235,13 @@ class _Use(NamedTuple):
         bypass: Log-odds of positive prompts under ablation.
         induce: Log-odds of negative prompts under addition.
         kl: KL of ablation on negative prompts, in nats.
+        coeff: Coefficient of the addition.
     """
 
     bypass: PerPrompt
     induce: PerPrompt
     kl: PerPrompt
+    coeff: float
 
 
 @dataclass(eq=False)
@@ -309,6 +317,7 @@ class _Search:
         """Measure all prompts at the best hooks, and judge them by the limits."""
         for hook in self._ranked()[: self.limits.finalists]:
             self._measure(self.use, hook)
+            self._strengthen(hook)
             self.finalists.add(hook)
         for hook, use in self.found.items():
             late = "" if hook in self.finalists else "not a finalist: others do more on few prompts"
@@ -327,10 +336,18 @@ class _Search:
         return ""
 
     def _measure(self, use: CausalUse, hook: str) -> None:
-        direction = self.candidates.directions[hook]
-        induce = use.induce([direction], self.limits.coeff, self.limits.scope)[0]
-        self.found[hook] = _Use(use.bypass(direction), induce, use.kl(direction))
+        direction, coeff = self.candidates.directions[hook], self.limits.coeffs[0]
+        induce = use.induce([direction], coeff, self.limits.scope)[0]
+        self.found[hook] = _Use(use.bypass(direction), induce, use.kl(direction), coeff)
         self.selector.advance(1)
+
+    def _strengthen(self, hook: str) -> None:
+        """Raise the coefficient of the addition until it induces enough, or all are tried."""
+        for coeff in self.limits.coeffs[1:]:
+            if self._shares(self.found[hook])[1] >= self.limits.min_induce:
+                return
+            induce = self.use.induce([self.candidates.directions[hook]], coeff, self.limits.scope)[0]
+            self.found[hook] = self.found[hook]._replace(induce=induce, coeff=coeff)
 
     def _ranked(self) -> list[str]:
         """Measured hooks that may be chosen: those within the KL limit first, then by the sum of both shares."""
@@ -407,8 +424,8 @@ class _Search:
         return np.array(effects).reshape(-1, 2), (float(p[0]), float(p[1]))
 
     def _effects(self, use: CausalUse, direction: Direction) -> tuple[float, float]:
-        """Mean bypass and mean induce of a direction."""
-        induce = use.induce([direction], self.limits.coeff, self.limits.scope)[0]
+        """Mean bypass and mean induce of a direction, added as often as the one at its hook."""
+        induce = use.induce([direction], self.found[direction.hook].coeff, self.limits.scope)[0]
         return float(use.bypass(direction).mean()), float(induce.mean())
 
     def _row(
@@ -435,7 +452,8 @@ class _Search:
             shares, note = self._shares(effects), None if hook in self.finalists else "first pass"
             for metric, side in (("bypass", 0), ("induce", 1), ("kl", 1)):
                 values = getattr(effects, metric)
-                rows.append(self._row(metric, self._mean(values, side), hook, note, len(values)))
+                row = self._row(metric, self._mean(values, side), hook, note, len(values))
+                rows.append(replace(row, coeff=effects.coeff) if metric == "induce" else row)
             for metric, share in zip(("bypass_share", "induce_share"), shares, strict=True):
                 rows.append(self._row(metric, Interval(share, NAN, NAN), hook, note))
         for hook in self.candidates.directions:
@@ -471,7 +489,8 @@ class _Search:
             f"on the {split} pairs{fitted}, of which {n[0]} of {self.prompts.labelled[0]} positive prompts show the"
             f" behaviour and {n[1]} of {self.prompts.labelled[1]} negative ones do not: ablating it brings the log-odds"
             f" from {self.use.base_positive.mean():.2f} to {use.bypass.mean():.2f} ({down:.0%} of the way to the other"
-            f" level), adding it from {self.use.base_negative.mean():.2f} to {use.induce.mean():.2f} ({up:.0%}); KL"
+            f" level), adding it {use.coeff:g} times from {self.use.base_negative.mean():.2f} to"
+            f" {use.induce.mean():.2f} ({up:.0%}); KL"
             f" {use.kl.mean():.2g} nats; {passed} of {len(self.candidates.directions)} hooks pass"
             f"{f' ({left_out})' if left_out else ''}; {same}{few}"
         )
