@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safety_lens.data.built_in import ENGLISH
 
 from safety_lens import generate, load_model
+from safety_lens.data.built_in import ENGLISH
 from safety_lens.interventions.scorers import Completion, SubstringRefusal
 from safety_lens.log import read_measurements
 from safety_lens.stats import wilson
