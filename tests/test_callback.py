@@ -307,6 +307,7 @@ def test_two_gloo_processes_write_the_log_of_one(tmp_path: Path) -> None:
     )  # gradients are summed in another order
     assert sorted(p.name for p in (tmp_path / "two").iterdir() if p.name.startswith("drift")) == [
         "drift-baseline",
+        "drift.csv",
         "drift.jsonl",
     ]
 

@@ -8,13 +8,14 @@ import yaml
 
 from safety_lens.artifacts import MANIFEST, MEASUREMENTS, check_place, refuse_foreign
 from safety_lens.errors import ArtifactError, DataError
+from safety_lens.loading.masked import FILE
 from safety_lens.monitors.finetune.config import RunConfig, differences, read_config
 
 CONFIG, CHECKPOINTS, LOG = "config.yaml", "checkpoints", "drift.jsonl"
 """Files of a run: its configuration, the Trainer's checkpoints, the monitor's log."""
 
 _MODEL = (
-    *("adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "README.md"),
+    *("adapter_config.json", "adapter_model.safetensors", FILE, "config.json", "generation_config.json", "README.md"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "training_args.bin"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja"),
