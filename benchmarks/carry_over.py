@@ -147,6 +147,26 @@ def compared(scores: dict[str, Scores], embedding: dict[str, Scores], refused: d
     return out
 
 
+def draw(result: dict[str, Any], file: Path) -> None:
+    """AUROC over blocks of harmful against harmless and of refused against answered, one panel a reading position."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(READ_AT), figsize=(9, 3.4), sharey=True, layout="constrained")
+    for panel, place in zip(panels, READ_AT, strict=True):
+        found = result[place]["by_block"]
+        for name, style in (
+            ("harmful against harmless", "C0o-"),
+            ("harmful against look-alikes", "C2^-"),
+            ("refused against answered, harmful", "C3s-"),
+        ):
+            panel.plot(range(len(found)), [at[name] for at in found.values()], style, ms=3, lw=1, label=name)
+        panel.axhline(0.5, color="0.6", lw=0.8)
+        panel.set(title=f"read at the {place}", xlabel="block")
+    panels[0].set_ylabel("AUROC on public requests")
+    panels[1].legend(fontsize=7, loc="lower right")
+    figure.savefig(file, dpi=150)
+
+
 def main() -> None:
     """Measure and write; the figures go to a file and the comparisons at the chosen block to the terminal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -168,6 +188,7 @@ def main() -> None:
     found = {name: carried(model, rows, refused, at) for name, at in READ_AT.items()}
     result = {"model": args.model, "refusal rates": rates, "cpu seconds": time.process_time() - began, **found}
     args.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    draw(result, args.out.with_suffix(".png"))
     print(json.dumps(rates, indent=1))
     for name in READ_AT:
         print(name, found[name]["chosen"], json.dumps(found[name]["at_chosen"], indent=1))
