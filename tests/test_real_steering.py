@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from transformer_lens import HookedTransformer
 
@@ -65,8 +64,13 @@ def test_utility_examples_are_the_models_own_answers_and_too_few_refusals_name_t
         read_examples(harmless, model, kind="safety", max_new_tokens=16)
 
 
-def test_safety_examples_are_its_own_refusals(model: HookedTransformer) -> None:
-    found = read_examples("safety", model, max_new_tokens=24)
+def test_safety_examples_are_its_own_refusals(model: HookedTransformer, tmp_path: Path) -> None:
+    # it refuses about one harmful request in ten, so the requests of one split alone are too few for it
+    harmful = [text for split in ("train", "val", "test") for text in ENGLISH.requests("harmful", split)]
+    file = tmp_path / "harmful.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in harmful), encoding="utf-8")
+    found = read_examples(file, model, kind="safety", max_new_tokens=16)
     assert all(refuses(example.response) for example in found)
-    assert {example.prompt for example in found} <= set(ENGLISH.requests("harmful", "train"))
-    assert np.all([example.label == "harmful" for example in found])
+    assert {example.prompt for example in found} <= set(harmful)
+    assert len(found) < len(harmful) / 2
+    assert any(f"of {len(harmful)} answers of the model are not refusals" in note for note in found.notes)
