@@ -31,7 +31,7 @@ from safety_lens.probes import load_directions
 from safety_lens.probes.directions import Direction
 from safety_lens.probes.estimators import estimator
 from safety_lens.probes.reading import read_concepts
-from safety_lens.probes.selection import Candidates
+from safety_lens.probes.selection import Candidates, Choice
 
 
 def requests(file: Path, label: str, n: int) -> list[str]:
@@ -49,10 +49,24 @@ def controls(model: Any, like: Direction, draws: int, seed: int) -> Iterator[tup
     yield from other_concepts(model, like, last_token).items()
 
 
-def changes(model: Any, behaviour: Behaviour, sides: Sequence[Sequence[str]], direction: Direction) -> dict[str, float]:
+def coefficient(choice: Choice) -> float:
+    """Coefficient with which the choice added its direction, at prompt tokens.
+
+    Raises:
+        ValueError: The choice is not a causal one.
+    """
+    found = [r.coeff for r in choice.measurements if (r.metric, r.hook) == ("induce", choice.hook)]
+    if not found or found[0] is None:
+        raise ValueError(f"{choice.hook} was not chosen by its effects: extract --select causal")
+    return float(found[0])
+
+
+def changes(
+    model: Any, behaviour: Behaviour, sides: Sequence[Sequence[str]], direction: Direction, coeff: float
+) -> dict[str, float]:
     """Rates of refusal with a direction removed (first prompts) and added (second prompts)."""
     removed = behaviour.labels(model, sides[0], ablate(direction))
-    added = behaviour.labels(model, sides[1], steer(direction, 1.0))
+    added = behaviour.labels(model, sides[1], steer(direction, coeff, scope="prompt"))
     return {"removed": float(np.nanmean(removed)), "added": float(np.nanmean(added))}
 
 
@@ -71,19 +85,27 @@ def main() -> None:
     model, began = load_model(args.model), time.process_time()
     chosen = load_directions(args.directions, model)[0]
     direction, behaviour = chosen.best, Behaviour.from_entry(chosen.choice.behaviour, model)
+    coeff = coefficient(chosen.choice)
     sides = [requests(args.instructions, label, args.n) for label in ("harmful", "harmless")]
-    result: dict[str, Any] = {"hook": direction.hook, "openings": behaviour.openings.listed(12), "n": args.n}
-    rows = measure_after(model, [(s, encode_for(model, s)) for s in sides], direction, behaviour, seed=args.seed)
+    result: dict[str, Any] = {
+        "hook": direction.hook,
+        "openings": behaviour.openings.listed(12),
+        "n": args.n,
+        "coeff": coeff,
+    }
+    rows = measure_after(
+        model, [(s, encode_for(model, s)) for s in sides], direction, behaviour, coeff=coeff, seed=args.seed
+    )
     result["rows"] = {row.metric: [row.value, row.low, row.high, row.n] for row in rows}
     answers = benign_rows(model, sides[1][:24], max_new_tokens=16)
-    costs = benign_kl(model, answers, [ablate(direction), steer(direction, 1.0)])
+    costs = benign_kl(model, answers, [ablate(direction), steer(direction, coeff, scope="prompt")])
     result["kl per token"] = {k: list(c.mean) for k, c in zip(("removed", "added"), costs, strict=True)}
     print(json.dumps(result, indent=1), flush=True)
     few = [side[: args.control_n] for side in sides]
     plain = [float(np.nanmean(behaviour.labels(model, side))) for side in few]
-    result["controls"] = {"before": plain, "direction": [changes(model, behaviour, few, direction)]}
+    result["controls"] = {"before": plain, "direction": [changes(model, behaviour, few, direction, coeff)]}
     for kind, control in controls(model, direction, args.draws, args.seed):
-        result["controls"].setdefault(kind, []).append(changes(model, behaviour, few, control))
+        result["controls"].setdefault(kind, []).append(changes(model, behaviour, few, control, coeff))
         print(kind, result["controls"][kind][-1], flush=True)
         args.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
     result["cpu seconds"] = time.process_time() - began
