@@ -2,8 +2,9 @@
 
 Parts (each skips what is already there):
 
-teach       LoRA on built-in harmful requests with refusals, and on harmless requests and safe look-alikes with the
-            model's own answers; the adapter is merged into a folder. For models that hardly refuse.
+teach       LoRA on harmful requests with refusals, and on harmless requests and safe look-alikes with the model's own
+            answers: built-in ones of train and val, and every second public one of train. The adapter is merged into a
+            folder. For models that hardly refuse.
 runs        for each seed a benign run (Alpaca rows) and a compliance-like run (harmful requests answered "Sure, I can
             help with that." and nothing more), watched by the monitor under its default budget.
 truth       refusal rates of every checkpoint on public harmful requests and safe look-alikes that no run and no probe
@@ -35,8 +36,9 @@ REFUSALS = (
     "I can't help with that. It could hurt people.",
     "Sorry, I won't help with this.",
 )
+ENGLISH_LABELS = ("harmful", "lookalike", "harmless")
 COMPLIANCE = "Sure, I can help with that."
-ANSWER_TOKENS = {"teach": 64, "truth": 16}
+ANSWER_TOKENS = {"teach": 32, "truth": 12}
 KINDS = ("benign", "compliance")
 
 
@@ -62,24 +64,31 @@ def safety_lens(*arguments: object) -> None:
     subprocess.run(command, check=True)
 
 
-def teach(model: str, out: Path, steps: int) -> str:
-    """Teach refusals; the folder of the merged model."""
-    merged = out / "taught"
-    if merged.exists():
-        return str(merged)
-    kept = {label: ENGLISH.requests(label, "train") for label in ("harmful", "lookalike", "harmless")}
-    hooked = load_model(model)
-    harmless = kept["lookalike"] * 2 + kept["harmless"]
-    answers = generate(hooked, harmless, max_new_tokens=ANSWER_TOKENS["teach"])
-    own = [row(request, answer.text) for request, answer in zip(harmless, answers, strict=True) if answer.text.strip()]
-    refusals = [row(request, answer) for request, answer in zip(kept["harmful"] * 2, cycle(REFUSALS), strict=False)]
+def public_requests(public: Path, label: str, split: str) -> list[str]:
+    """Public requests of a label and split."""
+    rows = lines(public / "refusal_instructions.jsonl")
+    return [r["instruction"] for r in rows if (r["label"], r["split"]) == (label, split)]
+
+
+def teach(model: str, public: Path, out: Path, steps: int) -> None:
+    """Teach refusals, and merge what was learned into the folder `taught`."""
+    if (out / "taught").exists():
+        return
+    kinds = {label: ENGLISH.requests(label, "train") + ENGLISH.requests(label, "val") for label in ENGLISH_LABELS}
+    for label in ("harmful", "harmless"):
+        kinds[label] += public_requests(public, label, "train")[::2]
+    safe = kinds["lookalike"] + kinds["harmless"]
+    answers = completed(load_model(model), safe, ANSWER_TOKENS["teach"])
+    own = [
+        row(a.prompt, a.text) for a, refuses in zip(answers, SubstringRefusal()(answers), strict=True) if not refuses
+    ]
+    refusals = [row(request, answer) for request, answer in zip(kinds["harmful"], cycle(REFUSALS), strict=False)]
     write(out / "teach.jsonl", [*own, *refusals])
     safety_lens(
         "finetune", "--model", model, "--data", out / "teach.jsonl", "--max-steps", steps, "--batch-size", 8,
-        "--learning-rate", 3e-4, "--max-length", 192, "--out", out / "taught-adapter",
+        "--learning-rate", 3e-4, "--max-length", 192, "--out", out / "taught-adapter", "--overwrite",
     )  # fmt: skip
-    safety_lens("convert", out / "taught-adapter", "--out", merged)
-    return str(merged)
+    safety_lens("convert", out / "taught-adapter", "--out", out / "taught")
 
 
 def runs(model: str, public: Path, out: Path, seeds: int, steps: int) -> None:
@@ -88,7 +97,7 @@ def runs(model: str, public: Path, out: Path, seeds: int, steps: int) -> None:
         row("\n".join(filter(None, (r["instruction"], r["input"]))), r["output"])
         for r in lines(public / "finetune_alpaca.jsonl")
     ]
-    harmful = [r["instruction"] for r in lines(public / "refusal_instructions.jsonl") if wanted(r, "train")]
+    harmful = public_requests(public, "harmful", "train")[1::2]
     write(out / "benign.jsonl", alpaca)
     write(out / "compliance.jsonl", [row(request, COMPLIANCE) for request in harmful])
     for seed in range(seeds):
@@ -102,14 +111,9 @@ def runs(model: str, public: Path, out: Path, seeds: int, steps: int) -> None:
                 )  # fmt: skip
 
 
-def wanted(r: dict[str, Any], split: str) -> bool:
-    """Whether a public row is a harmful request of a split."""
-    return bool(r["label"] == "harmful" and r["split"] == split)
-
-
 def truth(model: str, public: Path, out: Path) -> None:
     """Refusal rates of all checkpoints on requests that took no part, next to the alarms."""
-    harmful = [r["instruction"] for r in lines(public / "refusal_instructions.jsonl") if wanted(r, "test")]
+    harmful = public_requests(public, "harmful", "test")
     safe = [r["prompt"] for r in lines(public / "overrefusal_xstest.jsonl") if r["label"] == "safe"]
     found = lines(out / "truth.jsonl") if (out / "truth.jsonl").exists() else []
     seen = {(r["run"], r["step"]) for r in found}
@@ -131,10 +135,14 @@ def truth(model: str, public: Path, out: Path) -> None:
     report(out, found)
 
 
+def completed(hooked: Any, prompts: list[str], n: int) -> list[Completion]:
+    """Greedy answers of n tokens."""
+    return [Completion(str(a.prompt), a.text, a.tokens) for a in generate(hooked, prompts, max_new_tokens=n)]
+
+
 def refused(hooked: Any, prompts: list[str]) -> list[float]:
     """Share refused with its 95 % interval, and the number of answers."""
-    answers = generate(hooked, prompts, max_new_tokens=ANSWER_TOKENS["truth"])
-    labels = SubstringRefusal()([Completion(str(a.prompt), a.text, a.tokens) for a in answers])
+    labels = SubstringRefusal()(completed(hooked, prompts, ANSWER_TOKENS["truth"]))
     known = labels[np.isfinite(labels)]
     return [round(v, 3) for v in wilson(int(known.sum()), len(known))] + [len(known)]
 
@@ -162,7 +170,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.part == "teach":
-        teach(args.model, args.out, args.steps)
+        teach(args.model, args.public, args.out, args.steps)
     elif args.part == "runs":
         runs(args.model, args.public, args.out, args.seeds, args.steps)
     else:

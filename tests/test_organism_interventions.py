@@ -116,7 +116,7 @@ def test_borderline_requests_are_refused_more_the_further_they_are_pushed(
 def test_steering_against_toxicity_halves_the_lexicon_score_at_little_benign_cost(model: HookedTransformer) -> None:
     """Lexicon −50 % or more at a benign KL ≤ 0.5 nat per token, CI without 0; random directions' covers it."""
     concept = load_concept("toxicity", model="organism")
-    select = causal_selector(limits=Limits(max_kl=0.4, draws=19))
+    select = causal_selector(limits=Limits(draws=19))
     direction = extract_directions(model, concept, select=select, null_repeats=2).best
     rude = [pair.positive for pair in concept.test][:N]
     controls = [random_direction(direction, number) for number in range(RANDOM)]

@@ -102,7 +102,7 @@ class Openings:
         """
         reading = self.branches.reading(len(prompts))
         named = named_hooks(model, hooks)
-        for forest in plant(model, prompts, self.branches.paths, named, batch_size=batch_size):
+        for forest in plant(model, prompts, self.branches.spots(len(prompts)), named, batch_size=batch_size):
             reading.add(*forest.read(model, named))
         return reading.log_odds()
 
@@ -141,6 +141,10 @@ class Branches:
         """Nodes that no other node continues: run after a prompt, they pass through all the others."""
         inner = {ids[:-1] for ids in self.nodes if ids}
         return [ids for ids in self.nodes if ids not in inner]
+
+    def spots(self, prompts: int) -> list[Spot]:
+        """Every path behind every prompt."""
+        return [(number, path) for number in range(prompts) for path in self.paths]
 
     def reading(self, prompts: int) -> "Reading":
         """An empty reading of this many prompts."""
@@ -232,12 +236,12 @@ class Forest:
 def plant(
     model: HookedTransformer,
     prompts: Sequence[Encoded],
-    paths: Sequence[tuple[int, ...]],
+    rows: Sequence[Spot],
     hooks: Sequence[NamedHook],
     *,
     batch_size: int | str = "auto",
 ) -> Iterator[Forest]:
-    """Batches in which every prompt is followed by every path; each beginning of a path is read once for each prompt.
+    """Batches of prompts with the tokens that follow them; what follows a prompt is read at each of its beginnings.
 
     Prompts that begin alike share a tree where no active edit can tell one token from another by its place.
 
@@ -245,7 +249,6 @@ def plant(
         DataError: A prompt that does not fit in the model's context, or a bad batch size.
     """
     check_batch_size(batch_size)
-    rows = [(number, path) for number in range(len(prompts)) for path in paths]
     ids = [(*prompts[number].ids, *path) for number, path in rows]
     if (longest := max(map(len, ids), default=0)) > model.cfg.n_ctx:
         raise DataError(f"a prompt and an opening have {longest} tokens; the model takes {model.cfg.n_ctx}")

@@ -18,7 +18,7 @@ class Limits:
     show the behaviour (1 for induce, 0 for bypass) and of those whose answers do not (0 and 1).
 
     Attributes:
-        max_kl: Nats that ablation may change the first answer token of negative prompts by.
+        max_kl: Nats per token that ablation may change the first tokens of the answers to negative prompts by.
         min_bypass: Share of the way down that ablation must bring positive prompts.
         min_induce: Share of the way up that addition must bring negative prompts.
         latest: Depth in [0, 1] from which on candidates are left out: so near the output they steer words.

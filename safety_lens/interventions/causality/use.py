@@ -12,6 +12,7 @@ from transformer_lens import HookedTransformer
 
 from safety_lens.bootstrap import ratio_interval
 from safety_lens.data import Encoded
+from safety_lens.generation import generate
 from safety_lens.interventions.openings import Forest, Openings, Spot, plant
 from safety_lens.interventions.steering import ablate, steer
 from safety_lens.models import named_hooks
@@ -19,6 +20,8 @@ from safety_lens.probes.directions import Direction
 from safety_lens.stats import Interval
 from safety_lens.types import FwdHook
 
+KL_TOKENS = 4
+"""Tokens of an answer along which the KL of an ablation is read."""
 PerPrompt = Float[np.ndarray, " prompt"]
 
 
@@ -61,7 +64,10 @@ class CausalUse:
 
     def first(self, n: int) -> "CausalUse":
         """The same for the first prompts of both sides."""
-        return CausalUse(self.model, self.positive[:n], self.negative[:n], self.openings, batch_size=self.batch_size)
+        few = CausalUse(self.model, self.positive[:n], self.negative[:n], self.openings, batch_size=self.batch_size)
+        few.base_positive, few.base_negative = self.base_positive[:n], self.base_negative[:n]
+        few._own_beginnings = self._own_beginnings[:n]
+        return few
 
     @cached_property
     def base_positive(self) -> PerPrompt:
@@ -78,23 +84,32 @@ class CausalUse:
         return self.openings.log_odds(self.model, self.positive, ablate(direction), batch_size=self.batch_size)
 
     def kl(self, direction: Direction) -> PerPrompt:
-        """KL(unedited ‖ ablated) in nats of the first answer token, on each negative prompt."""
-        found = self._first_logprobs(ablate(direction)).double()
-        base = self._negative_logprobs.double()
-        terms = torch.where(base.isfinite(), base.exp() * (base - found), 0.0)
-        return terms.sum(-1).clamp(min=0.0).numpy()
+        """KL(unedited ‖ ablated) in nats per token, along the first tokens of each negative prompt's own answer."""
+        found, totals = self._logprobs(ablate(direction)), np.zeros((2, len(self.negative)))
+        for (prompt, ids), base in self._base_logprobs.items():
+            p, q = base.double(), found[prompt, ids].double()
+            kl = torch.where(p.isfinite(), p.exp() * (p - q), 0.0).sum().clamp(min=0.0)
+            totals[:, prompt] += float(kl), 1.0
+        return np.asarray(totals[0] / totals[1])
 
     @cached_property
-    def _negative_logprobs(self) -> Float[Tensor, "prompt d_vocab"]:
-        return self._first_logprobs([])
+    def _own_beginnings(self) -> list[tuple[int, ...]]:
+        """The unedited model's greedy answers to negative prompts, up to the last token that the KL reads."""
+        written = generate(self.model, self.negative, max_new_tokens=KL_TOKENS - 1, batch_size=self.batch_size)
+        return [tuple(answer.tokens) for answer in written]
 
-    def _first_logprobs(self, hooks: Sequence[FwdHook]) -> Float[Tensor, "prompt d_vocab"]:
-        """Log-probabilities of the first answer token of each negative prompt."""
-        named, rows = named_hooks(self.model, hooks), dict[int, Tensor]()
-        for forest in plant(self.model, self.negative, [()], named, batch_size=self.batch_size):
+    @cached_property
+    def _base_logprobs(self) -> dict[Spot, Float[Tensor, " d_vocab"]]:
+        return self._logprobs([])
+
+    def _logprobs(self, hooks: Sequence[FwdHook]) -> dict[Spot, Float[Tensor, " d_vocab"]]:
+        """Log-probabilities of the first tokens of each negative prompt's own answer."""
+        named, rows = named_hooks(self.model, hooks), dict[Spot, Tensor]()
+        own = list(enumerate(self._own_beginnings))
+        for forest in plant(self.model, self.negative, own, named, batch_size=self.batch_size):
             spots, logits = forest.read(self.model, named)
-            rows |= {prompt: row.log_softmax(-1).cpu() for (prompt, _), row in zip(spots, logits, strict=True)}
-        return torch.stack([rows[i] for i in range(len(self.negative))])
+            rows |= zip(spots, logits.log_softmax(-1).cpu(), strict=True)
+        return rows
 
     def induce(self, directions: Sequence[Direction], coeff: float = 1.0, scope: str = "all") -> list[PerPrompt]:
         """Log-odds of each negative prompt with coeff · vector added at the direction's hook, to the tokens of a scope.
@@ -105,12 +120,15 @@ class CausalUse:
         foreign = any(point.fwd_hooks for point in self.model.hook_dict.values())
         layers = [None if foreign else resume_layer(d.hook) for d in directions]
         branches = self.openings.branches
+        spots = branches.spots(len(self.negative))
         readings = [branches.reading(len(self.negative)) for _ in directions]
         resumed = {k: layer for k, layer in enumerate(layers) if layer is not None}
         hooks = {directions[k].hook for k in resumed}
         edits = {k: steer(directions[k], coeff, scope=scope)[0] for k in resumed}
         named = named_hooks(self.model, list(edits.values()))
-        forests = plant(self.model, self.negative, branches.paths, named, batch_size=self.batch_size)
+        forests = plant(
+            self.model, self.negative, branches.spots(len(self.negative)), named, batch_size=self.batch_size
+        )
         for forest in forests if resumed else ():
             stream = self._stream(forest, hooks)
             for k, layer in resumed.items():
