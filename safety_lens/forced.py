@@ -16,6 +16,7 @@ from safety_lens.kv import right_padded
 from safety_lens.models import named_hooks
 from safety_lens.types import FwdHook, NamedHook
 
+BEFORE_HEAD = ("blocks.", "hook_embed", "hook_pos_embed")
 TOKEN_BUDGET = {"cpu": 2048, "mps": 4096, "cuda": 16384}
 
 
@@ -120,10 +121,8 @@ def _logprobs(
     device = torch.device(model.cfg.device or "cpu")
     tokens, mask = right_padded([(*row.prompt, *row.tokens[:-1]) for row in part], device)
     frame = whole(mask, *(torch.tensor(n, device=device) for n in ([len(r.prompt) for r in part], list(numbers))))
-    late = any(not name.startswith(("blocks.", "hook_embed", "hook_pos_embed")) for name, _ in hooks)
-    late = late or any(p.fwd_hooks for n, p in model.hook_dict.items() if n.startswith(("ln_final", "unembed")))
     with torch.no_grad(), running(frame), model.hooks(fwd_hooks=list(hooks)):
-        if late:  # hooks behind the blocks must see whole rows
+        if hooked_after_blocks(model):
             logits = model(tokens, attention_mask=mask)
             return [logits[b, len(r.prompt) - 1 :][: len(r.tokens)].float().log_softmax(-1) for b, r in enumerate(part)]
         resid = model(tokens, attention_mask=mask, stop_at_layer=model.cfg.n_layers)
@@ -131,6 +130,11 @@ def _logprobs(
     with torch.no_grad():
         scores = unembedded(model, torch.cat(read)[None])[0].float().log_softmax(-1)
     return list(scores.split([len(r.tokens) for r in part]))
+
+
+def hooked_after_blocks(model: HookedTransformer) -> bool:
+    """Whether a hook after the blocks is active, which must see whole rows."""
+    return any(point.fwd_hooks for name, point in model.hook_dict.items() if not name.startswith(BEFORE_HEAD))
 
 
 def unembedded(

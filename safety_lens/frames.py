@@ -21,14 +21,15 @@ from safety_lens.errors import ModelError
 class Frame:
     """position: index of each column's token in its own row, padding not counted, −1 for padding itself.
 
-    prompt: how many tokens of each row are the prompt; the tokens from there on are the model's answer.
+    prompt: how many tokens of the row of each column are the prompt; the tokens from there on are the model's answer.
+    ends is 1, but in trees, whose columns belong to several prompts.
     row: which prompt of the caller's list each row of the batch is.
     run: a mark that all forwards over the same rows share (a prompt and the tokens written behind it); None where no
     engine runs.
     """
 
     position: Int[Tensor, "batch pos"]
-    prompt: Int[Tensor, " batch"]
+    prompt: Int[Tensor, "batch ends"]
     row: Int[Tensor, " batch"]
     run: object | None = None
 
@@ -60,7 +61,7 @@ def frame_of(act: Tensor) -> Frame:
     if frame is None:
         batch, pos = act.shape[:2]
         columns = torch.arange(pos, device=act.device).expand(batch, pos)
-        return Frame(columns, torch.full((batch,), pos, device=act.device), torch.arange(batch, device=act.device))
+        return Frame(columns, torch.full((batch, 1), pos, device=act.device), torch.arange(batch, device=act.device))
     if frame.position.shape != act.shape[:2]:
         raise ModelError(
             f"an edit met an activation of shape {tuple(act.shape)} in a forward of {tuple(frame.position.shape)}"
@@ -72,4 +73,4 @@ def frame_of(act: Tensor) -> Frame:
 def whole(mask: Int[Tensor, "batch pos"], prompt: Int[Tensor, " batch"], row: Int[Tensor, " batch"]) -> Frame:
     """The frame of a forward that starts at token 0 of every row; padding (mask 0) may stand on either side."""
     position = torch.where(mask > 0, mask.cumsum(1) - 1, -1)
-    return Frame(position, prompt, row, object())
+    return Frame(position, prompt[:, None], row, object())

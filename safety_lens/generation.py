@@ -19,10 +19,12 @@ from safety_lens.activations import encode_for
 from safety_lens.batching import GROUP_OVERHEAD, check_batch_size, length_batches
 from safety_lens.data import Encoded
 from safety_lens.errors import DataError
+from safety_lens.forced import hooked_after_blocks, unembedded
 from safety_lens.frames import Frame, running, whole
 from safety_lens.kv import left_padded, picked
 from safety_lens.models import named_hooks
 from safety_lens.sampling import Sampling
+from safety_lens.trees import common_length
 from safety_lens.types import FwdHook, NamedHook, Prompt
 
 ROW_BUDGET = {"cpu": 8192, "mps": 16384, "cuda": 131072}
@@ -234,31 +236,56 @@ class _Batch:
         return chosen
 
     def _prompts(self) -> Float[Tensor, "batch d_vocab"]:
-        """Run the prompts; equal ones once, where edits spare them. Returns the logits behind their last tokens."""
+        """Run the prompts; their common beginning, and equal ones, once, where edits spare them.
+
+        Returns:
+            The logits behind their last tokens.
+        """
         kinds = list(dict.fromkeys(self.ids))
-        shared = self.plan.may_share and len(kinds) < len(self.ids) and min(map(len, kinds)) > 1
-        if not shared:
-            self.cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.device, len(self.ids))
-            return self._forward(*left_padded(self.ids, self.device))
-        self.cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.device, len(kinds))
-        tokens, mask = left_padded([ids[:-1] for ids in kinds], self.device)
-        first = {ids: self.ids.index(ids) for ids in kinds}
-        frame = self._frame(mask, torch.zeros(len(kinds), dtype=torch.long), [first[ids] for ids in kinds])
-        with running(frame):
+        rows, done = [self.ids.index(ids) for ids in kinds], self._common()
+        self.cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.device, 1 if done else len(self.ids))
+        if done:
+            self._read([self.ids[0][:done]], rows[:1])
+        if self.plan.may_share and len(kinds) < len(self.ids) and min(map(len, kinds)) > done + 1:
+            self._pick([0] * len(kinds)) if done else self._pick(rows)
+            self._read([ids[done:-1] for ids in kinds], rows)
+            self._pick([kinds.index(ids) for ids in self.ids])
+            last = torch.tensor([[ids[-1]] for ids in self.ids], device=self.device)
+            return self._forward(last, torch.ones_like(last))
+        if done:
+            self._pick([0] * len(self.ids))
+        return self._forward(*left_padded([ids[done:] for ids in self.ids], self.device))
+
+    def _common(self) -> int:
+        """Tokens of the common beginning that is run once; 0 where that is not exact or saves nothing."""
+        windowed = any(block.attn.attn_type == "local" for block in self.model.blocks)  # counted in columns: no gaps
+        if not self.plan.may_share or windowed or len(self.ids) == 1:
+            return 0
+        common = min(common_length(self.ids[0], ids) for ids in self.ids)
+        return min(common, min(map(len, self.ids)) - 1)
+
+    def _pick(self, rows: Sequence[int]) -> None:
+        """Let the cache hold these of its rows."""
+        self.cache = picked(self.model, self.cache, torch.tensor(rows))
+
+    def _read(self, ids: Sequence[Sequence[int]], rows: Sequence[int]) -> None:
+        """Run tokens of some rows for their keys and values alone."""
+        tokens, mask = left_padded(ids, self.device)
+        with running(self._frame(mask, self.cache.previous_attention_mask.sum(1), rows)):
             self.model(tokens, attention_mask=mask, past_kv_cache=self.cache, stop_at_layer=self.model.cfg.n_layers)
-        number = {ids: k for k, ids in enumerate(kinds)}
-        self.cache = picked(self.model, self.cache, torch.tensor([number[ids] for ids in self.ids]))
-        last = torch.tensor([[ids[-1]] for ids in self.ids], device=self.device)
-        return self._forward(last, torch.ones_like(last))
 
     def _forward(
         self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch d_vocab"]:
         mask = mask.to(self.device)
         frame = self._frame(mask, self.cache.previous_attention_mask.sum(1), self.active)
+        reads = {"attention_mask": mask, "past_kv_cache": self.cache}
         with running(frame):
-            logits: Tensor = self.model(tokens, attention_mask=mask, past_kv_cache=self.cache)
-        return logits[:, -1]
+            if tokens.shape[1] == 1 or hooked_after_blocks(self.model):
+                logits: Tensor = self.model(tokens, **reads)
+                return logits[:, -1]
+            resid = self.model(tokens, **reads, stop_at_layer=self.model.cfg.n_layers)
+        return unembedded(self.model, resid[:, -1:])[:, -1]
 
     def _frame(self, mask: Int[Tensor, "batch pos"], before: Int[Tensor, " batch"], rows: Sequence[int]) -> Frame:
         """The frame of a forward behind `before` cached tokens of each row."""

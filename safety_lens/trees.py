@@ -40,7 +40,7 @@ def grow_trees(ids: Sequence[Sequence[int]], most: int = NODES) -> list[Tree]:
     last: Sequence[int] = ()
     for row in sorted(range(len(ids)), key=lambda i: tuple(ids[i])):
         tree = trees[-1] if trees else None
-        shared = 0 if tree is None else _common(last, ids[row])
+        shared = 0 if tree is None else common_length(last, ids[row])
         if tree is None or len(tree.tokens) + len(ids[row]) - shared > most:
             tree, shared = Tree([], [], [], [], []), 0
             trees.append(tree)
@@ -56,7 +56,8 @@ def grow_trees(ids: Sequence[Sequence[int]], most: int = NODES) -> list[Tree]:
     return trees
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens that two rows begin with alike."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -63,12 +64,16 @@ def test_log_odds_stay_exact_where_the_openings_are_almost_certain() -> None:
 
 
 @pytest.mark.parametrize("name", list(zoo.ARCHITECTURES))
-def test_log_odds_equal_teacher_forcing_with_and_without_edits(name: str) -> None:
+@pytest.mark.parametrize("turned", [False, True])
+def test_log_odds_equal_teacher_forcing_with_and_without_edits(name: str, turned: bool) -> None:
     model = load_model(zoo.make(name), tokenizer=zoo.tokenizer(), check=False)
     g = torch.Generator().manual_seed(0)
     prompts = encode_for(model, ["w1 w2 w3 " + synthetic.words(g, n) for n in (5, 19, 11)])
+    if turned:  # its last tokens are those of an opening of the first prompt
+        prompts[1] = replace(prompts[0], ids=(*prompts[0].ids, 5, 6))
     direction = Direction("joy", "blocks.1.hook_resid_post", 3 * torch.randn(64, generator=g), "dim")
-    for hooks in ([], ablate(direction), steer(direction), steer(direction, scope="generated")):
+    scopes = [steer(direction, scope=scope) for scope in ("all", "prompt", "generated", "answer")]
+    for hooks in ([], ablate(direction), *scopes):
         p = np.zeros(len(prompts))
         for opening in FOUR.shown:
             rows = [Continuation(tuple(e.ids), opening.ids) for e in prompts]

@@ -1,6 +1,7 @@
 """Causal selection: a planted direction that the model uses beats one that only separates; chance passes nothing."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -298,9 +299,11 @@ def test_only_prompts_whose_answers_fit_their_side_are_searched_and_their_number
     pairs = candidates().acts.pairs(candidates().split)
     even = sum(int(str(p.positive).split()[-1][1:]) % 2 == 0 for p in pairs)
     assert 0 < even < len(pairs)
-    assert left["selection_prompts_positive"][0] <= even
-    assert left["selection_prompts_positive"][1] == len(pairs)
-    assert f"{left['selection_prompts_positive'][0]:.0f} of {len(pairs)} positive prompts" in choice.reason
+    found = re.search(rf"on the val pairs: (\d+) of {len(pairs)} positive val prompts and (\d+) of", choice.reason)
+    assert found is not None
+    kept, told = found.groups()
+    assert 0 < int(kept) <= even
+    assert left["selection_prompts_positive"][0] == int(kept) + int(told)
     assert ("REMARK: fewer than 24" in choice.reason) == (min(v for v, _ in left.values()) < 24)
 
 

@@ -1,5 +1,6 @@
 """Generation: greedy text is that of transformers, rows do not see each other, edits act on every forward."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -61,9 +62,16 @@ def push(act: Tensor, hook: object) -> Tensor:
 
 
 @pytest.mark.parametrize("name", [*zoo.ARCHITECTURES, "qwen2_window", "phi3_window", "llama_llama3"])
-def test_greedy_text_of_a_ragged_batch_is_what_transformers_writes_for_each_prompt_alone(name: str) -> None:
+@pytest.mark.parametrize("common", [0, 7])
+def test_greedy_text_of_a_ragged_batch_is_what_transformers_writes_for_each_prompt_alone(
+    name: str, common: int
+) -> None:
+    """Prompts that begin alike, too, of which one is the beginning of the others."""
     hf, model = pair(name)
     rows = prompts()
+    if common:
+        rows = [replace(row, ids=(*rows[1].ids[:common], *row.ids)) for row in rows]
+        rows = [*rows, rows[0], replace(rows[0], ids=rows[1].ids[:common])]
     together = generate(model, rows, max_new_tokens=NEW, ignore_eos=True)
     for row, found in zip(rows, together, strict=True):
         # transformers never picks the stop token here (min_new_tokens), so compare up to where ours would have

@@ -110,7 +110,7 @@ class Condition:
     def _read(self, act: Tensor, hook: Any = None) -> None:
         """The hook function: changes nothing, decides for the rows whose prompt this forward holds."""
         frame = frame_of(act)
-        last = (frame.position == frame.prompt[:, None] - 1).any(1)
+        last = (frame.position == frame.prompt - 1).any(1)
         if not bool(last.any()):
             return  # a generated token: its row has decided
         if frame.run is None:
@@ -131,12 +131,12 @@ class Condition:
 
 
 def _mean_tokens(frame: Frame) -> Bool[Tensor, "batch pos"]:
-    first_read = (frame.prompt > 1).long()[:, None]
-    return (frame.position >= first_read) & (frame.position < frame.prompt[:, None])
+    first_read = (frame.prompt > 1).long()
+    return (frame.position >= first_read) & (frame.position < frame.prompt)
 
 
 def _last_tokens(frame: Frame) -> Bool[Tensor, "batch pos"]:
-    return frame.position == frame.prompt[:, None] - 1
+    return frame.position == frame.prompt - 1
 
 
 READS: dict[str, Callable[[Frame], Bool[Tensor, "batch pos"]]] = {"mean": _mean_tokens, "last": _last_tokens}

@@ -20,19 +20,21 @@ from transformer_lens import HookedTransformer
 from safety_lens.batching import check_batch_size, length_batches
 from safety_lens.data import Encoded
 from safety_lens.errors import DataError
-from safety_lens.forced import TOKEN_BUDGET, unembedded
+from safety_lens.forced import TOKEN_BUDGET, hooked_after_blocks, unembedded
 from safety_lens.frames import Frame, running, whole
 from safety_lens.interventions.edits import Edit
-from safety_lens.interventions.scopes import EVERYWHERE
+from safety_lens.interventions.scopes import EVERYWHERE, GENERATED, PROMPT
 from safety_lens.kv import right_padded
 from safety_lens.loading.paths import Paths, along
 from safety_lens.models import named_hooks
-from safety_lens.trees import can_run_trees, grow_trees, planted
+from safety_lens.trees import Tree, can_run_trees, grow_trees, planted
 from safety_lens.types import FwdHook, NamedHook
 
 NAN = float("nan")
 TREE = 512
 """Tokens of one tree at most."""
+SHARED = (EVERYWHERE, PROMPT, GENERATED)
+"""Scopes that ask of a token only whether it is of the prompt."""
 UNEMBEDDED = 64
 """Tokens whose logits are computed at once."""
 Spot = tuple[int, tuple[int, ...]]
@@ -214,10 +216,8 @@ class Forest:
         self, model: HookedTransformer, hooks: Sequence[NamedHook]
     ) -> tuple[list[Spot], Float[Tensor, "spot d_vocab"]]:
         """Prompt and tokens of every spot, and the logits there, with these hooks active."""
-        late = any(not name.startswith(("blocks.", "hook_embed", "hook_pos_embed")) for name, _ in hooks)
-        late = late or any(p.fwd_hooks for n, p in model.hook_dict.items() if n.startswith(("ln_final", "unembed")))
         with torch.no_grad(), self.running(), model.hooks(fwd_hooks=list(hooks)):
-            if late:  # hooks after the blocks must see whole rows
+            if hooked_after_blocks(model):
                 return self.spots, self.at_spots(model(self.tokens, attention_mask=self.mask))
             resid = model(self.tokens, attention_mask=self.mask, stop_at_layer=model.cfg.n_layers)
         return self.spots, self.unembed(model, resid)
@@ -253,12 +253,13 @@ def plant(
     if (longest := max(map(len, ids), default=0)) > model.cfg.n_ctx:
         raise DataError(f"a prompt and an opening have {longest} tokens; the model takes {model.cfg.n_ctx}")
     device = torch.device(model.cfg.device or "cpu")
-    trees = []
+    trees = list[Tree]()
     if can_run_trees(model, [name for name, _ in hooks]):
-        groups = [range(len(rows))] if _may_share(model, hooks) else _by_prompt(rows)
-        for group in groups:
-            for tree in grow_trees([ids[i] for i in group], TREE):
-                trees.append(tree._replace(rows=[group[i] for i in tree.rows]))
+        together = [range(len(rows))] if _may_share(model, hooks) else _by_prompt(rows)
+        trees = _grown(ids, together)
+        lengths = [len(e.ids) for e in prompts]
+        if not all(_parts_prompts(tree, [lengths[rows[i][0]] for i in tree.rows]) for tree in trees):
+            trees = _grown(ids, _by_prompt(rows))  # an answer to one prompt is the beginning of another prompt
     lengths = [len(tree.tokens) for tree in trees] if trees else [len(row) for row in ids]
     cap = batch_size if isinstance(batch_size, int) else None
     budget = 10**9 if cap else TOKEN_BUDGET.get(device.type, 2048)
@@ -274,7 +275,10 @@ def plant(
             first = [rows[i][0] for i in batch]
         frame = whole(mask, *(torch.tensor(n, device=device) for n in ([len(prompts[p].ids) for p in first], first)))
         if steps is not None:
-            frame = Frame(torch.where(mask > 0, steps.position, -1), frame.prompt, frame.row, frame.run)
+            ends = torch.zeros_like(mask)
+            for b, row, columns in members:
+                ends[b, list(columns)] = len(prompts[rows[row][0]].ids)
+            frame = Frame(torch.where(mask > 0, steps.position, -1), ends, frame.row, frame.run)
         yield Forest(tokens, mask, frame, steps, _spots(members, rows, prompts, done))
 
 
@@ -296,6 +300,24 @@ def _spots(
     return out
 
 
+def _grown(ids: Sequence[Sequence[int]], groups: Sequence[Sequence[int]]) -> list[Tree]:
+    """Trees of the rows of each group."""
+    return [
+        tree._replace(rows=[group[i] for i in tree.rows])
+        for group in groups
+        for tree in grow_trees([ids[i] for i in group], TREE)
+    ]
+
+
+def _parts_prompts(tree: Tree, lengths: Sequence[int]) -> bool:
+    """Whether every token of a tree is of the prompt, or of what follows it, for all rows alike."""
+    inside, behind = set[int](), set[int]()
+    for nodes, length in zip(tree.nodes, lengths, strict=True):
+        inside.update(nodes[:length])
+        behind.update(nodes[length:])
+    return inside.isdisjoint(behind)
+
+
 def _by_prompt(rows: Sequence[Spot]) -> list[list[int]]:
     groups: dict[int, list[int]] = {}
     for i, (number, _) in enumerate(rows):
@@ -304,8 +326,8 @@ def _by_prompt(rows: Sequence[Spot]) -> list[list[int]]:
 
 
 def _may_share(model: HookedTransformer, hooks: Sequence[NamedHook]) -> bool:
-    """Whether every active hook treats a token alike wherever it stands: tokens of several prompts may be one."""
+    """Whether active hooks ask of a token only whether it is of the prompt, so that prompts may share it."""
     if any(point.fwd_hooks for point in model.hook_dict.values()):
         return False
     edits = [fn for _, fn in hooks]
-    return all(isinstance(e, Edit) and e.scope == EVERYWHERE and e.gate is None and e.watch is None for e in edits)
+    return all(isinstance(e, Edit) and e.scope in SHARED and e.gate is None and e.watch is None for e in edits)

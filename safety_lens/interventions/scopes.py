@@ -32,11 +32,11 @@ def _everywhere(frame: Frame) -> Bool[Tensor, "batch pos"]:
 
 
 def _prompt(frame: Frame) -> Bool[Tensor, "batch pos"]:
-    return (frame.position >= 0) & (frame.position < frame.prompt[:, None])
+    return (frame.position >= 0) & (frame.position < frame.prompt)
 
 
 def _generated(frame: Frame) -> Bool[Tensor, "batch pos"]:
-    return frame.position >= frame.prompt[:, None]
+    return frame.position >= frame.prompt
 
 
 @cache
@@ -47,7 +47,7 @@ def from_position(index: int) -> Scope:
     """
 
     def touches(frame: Frame) -> Bool[Tensor, "batch pos"]:
-        start = frame.prompt[:, None] + index if index < 0 else index
+        start = frame.prompt + index if index < 0 else index
         return (frame.position >= start) & (frame.position >= 0)
 
     return Scope(f"from:{index}", touches, spares_prompt=index == -1)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,10 @@ NAN = float("nan")
 STANDARD = Limits()
 FEW_HOOKS = 12
 """Hooks up to which the first pass measures all of them; of more it takes every second one, then their neighbours."""
+FILL = 16
+"""Training prompts that are labelled at once where selection prompts are too few."""
+TOGETHER = 12
+"""Draws that are measured together, so that the unedited blocks before their hook run once for all of them."""
 LEAST = 2
 """Prompts of a side without which nothing is measured."""
 
@@ -100,16 +105,15 @@ class CausalSelector:
             if behaviour.openings is None:
                 raise DataError(f"no behaviour can be read: {behaviour.fault}")
             with self.timed("search"):
-                prompts = _selection_prompts(candidates, behaviour, self)
-                use = CausalUse(
-                    candidates.model, prompts.positive, prompts.negative, behaviour.openings, batch_size=self.batch_size
-                )
+                sides = tuple(_side(candidates, behaviour, self, name) for name in ("positive", "negative"))
+                shown, other = (side.prompts for side in sides)
+                use = CausalUse(candidates.model, shown, other, behaviour.openings, batch_size=self.batch_size)
                 _check_order(candidates, use)
         except DataError as error:  # the directions that were read are worth keeping without a causal choice
             passed = Measurement(candidates.acts.concept.name, "causal_passed", 0.0, split=candidates.split)
             reason = f"NO causal choice: {error}; taken by separability: {separable.reason}"
             return Choice(separable.hook, reason, (*separable.measurements, passed), behaviour.entry())
-        choice = _Search(candidates, use, self, prompts, separable).run()
+        choice = _Search(candidates, use, self, sides, separable).run()
         return replace(choice, behaviour=behaviour.entry())
 
     def _behaviour(self, candidates: Candidates) -> Behaviour:
@@ -180,43 +184,63 @@ class CausalSelector:
         return replace(found, choice=choice, measurements=(*found.measurements, *rows))
 
 
-class _Prompts(NamedTuple):
-    """Selection prompts that the model answers as their side says, with their templates, and how many were labelled."""
+class _Side(NamedTuple):
+    """Prompts of one side that the model answers as their side says.
 
-    positive: list[Encoded]
-    negative: list[Encoded]
-    clusters: tuple[list[str], list[str]]
-    labelled: tuple[int, int]
+    Attributes:
+        name: "positive" or "negative".
+        prompts: Of the selection pairs; where those are too few, of training pairs, too.
+        clusters: Template of each.
+        counts: Split → how many prompts were taken, and how many answers were labelled.
+    """
+
+    name: str
+    prompts: list[Encoded]
+    clusters: list[str]
+    counts: dict[str, tuple[int, int]]
+
+    @property
+    def labelled(self) -> int:
+        """Answers that were labelled."""
+        return sum(labelled for _, labelled in self.counts.values())
+
+    def told(self) -> str:
+        """The counts for a reader."""
+        return " and ".join(f"{n} of {m} {self.name} {split} prompts" for split, (n, m) in self.counts.items())
 
 
-def _selection_prompts(candidates: Candidates, behaviour: Behaviour, selector: CausalSelector) -> _Prompts:
+def _side(candidates: Candidates, behaviour: Behaviour, selector: "CausalSelector", name: str) -> _Side:
     """Prompts of the selection pairs, filtered by the labels of their answers where a reader knows them.
 
+    Where fewer than `FEWEST` are left, training pairs fill them up.
+
     Raises:
-        DataError: Too few are left on a side.
+        DataError: Too few are left.
     """
-    concept, pairs = candidates.acts.concept, candidates.acts.pairs(candidates.split)
-    order = np.random.default_rng(selector.seed).permutation(len(pairs))
-    groups = [group if group is not None else str(i) for i, group in enumerate(candidates.groups)]
-    sides, clusters, labelled = [], [], []
-    for wanted, side, most in (
-        (1.0, "positive", selector.limits.positives),
-        (0.0, "negative", selector.limits.negatives),
-    ):
-        prompts = [getattr(pairs[i], side) for i in order[:most]]
-        encoded = selector.encoded(candidates.model, concept, prompts)
-        labels = behaviour.labels(candidates.model, prompts, encoded=encoded)
-        fits = labels == wanted if np.isfinite(labels).any() else np.ones(len(prompts), dtype=bool)
-        if fits.sum() < LEAST:
-            state = "do" if wanted else "do not"
-            raise DataError(
-                f"{fits.sum()} of {len(prompts)} answers to {side} {candidates.split} prompts of {concept.name} {state}"
-                f" show {behaviour.name}"
+    concept, found = candidates.acts.concept, _Side(name, [], [], {})
+    wanted = float(name == "positive")
+    most = selector.limits.positives if wanted else selector.limits.negatives
+    for split in dict.fromkeys((candidates.split, "train")):
+        pairs = candidates.acts.pairs(split)
+        order = np.random.default_rng(selector.seed).permutation(len(pairs))[:most]
+        step = len(order) if split == candidates.split else FILL
+        for chunk in np.split(order, range(step, len(order), step)):
+            if split != candidates.split and len(found.prompts) >= FEWEST:
+                break
+            prompts = [getattr(pairs[i], name) for i in chunk]
+            encoded = selector.encoded(candidates.model, concept, prompts)
+            labels = behaviour.labels(candidates.model, prompts, encoded=encoded)
+            fits = labels == wanted if np.isfinite(labels).any() else np.ones(len(prompts), dtype=bool)
+            found.prompts.extend(e for e, fit in zip(encoded, fits, strict=True) if fit)
+            found.clusters.extend(
+                pairs[i].template or f"{split} {i}" for i, fit in zip(chunk, fits, strict=True) if fit
             )
-        sides.append([e for e, fit in zip(encoded, fits, strict=True) if fit])
-        clusters.append([groups[i] for i, fit in zip(order[:most], fits, strict=True) if fit])
-        labelled.append(len(prompts))
-    return _Prompts(sides[0], sides[1], (clusters[0], clusters[1]), (labelled[0], labelled[1]))
+            taken, labelled = found.counts.get(split, (0, 0))
+            found.counts[split] = (taken + int(fits.sum()), labelled + len(prompts))
+    if len(found.prompts) < LEAST:
+        state = "do" if wanted else "do not"
+        raise DataError(f"{found.told()} of {concept.name}, by their answers, {state} show {behaviour.name}")
+    return found
 
 
 def _check_order(candidates: Candidates, use: CausalUse) -> None:
@@ -251,7 +275,7 @@ class _Search:
     candidates: Candidates
     use: CausalUse
     selector: CausalSelector
-    prompts: _Prompts
+    sides: tuple[_Side, ...]
     separable: Choice
     out: dict[str, str] = field(default_factory=dict)
     found: dict[str, _Use] = field(default_factory=dict)
@@ -366,7 +390,7 @@ class _Search:
         return float((positive - use.bypass.mean()) / way), float((use.induce.mean() - negative) / way)
 
     def _mean(self, values: PerPrompt, side: int) -> Interval:
-        return clustered_mean(values, self.prompts.clusters[side][: len(values)], seed=self.selector.seed)
+        return clustered_mean(values, self.sides[side].clusters[: len(values)], seed=self.selector.seed)
 
     def _best(self, passing: Mapping[str, _Use]) -> tuple[str, str]:
         """Least bypass; of those not told apart from it the largest induce; of equal ones the depth set beforehand."""
@@ -400,8 +424,8 @@ class _Search:
             if max(p) > self.limits.max_p:
                 self.out[hook] = f"no better than {kind}: {title} of its length do as much (p = {max(p):.2g})"
                 return rows
-        for name, direction in other_concepts(self.use.model, real, self.candidates.acts.positions).items():
-            found = self._effects(few, direction)
+        others = other_concepts(self.use.model, real, self.candidates.acts.positions)
+        for name, found in zip(others, self._effects(few, list(others.values())) if others else [], strict=True):
             rows += [
                 self._row(f"{metric}_concept", Interval(value, NAN, NAN), hook, name)
                 for metric, value in zip(("bypass", "induce"), found, strict=True)
@@ -414,19 +438,17 @@ class _Search:
         """Bypass and induce of each draw, and p of both; drawing ends where p can no longer be small enough."""
         most = self.limits.max_p * (self.limits.draws + 1) - 1
         effects, extreme = list[tuple[float, float]](), np.zeros(2)
-        for direction in drawn:
-            values = self._effects(few, direction)
-            effects.append(values)
-            extreme += [values[0] <= mine[0], values[1] >= mine[1]]
-            if extreme.max() > most:
-                break
+        while (part := list(islice(drawn, TOGETHER))) and extreme.max() <= most:
+            for values in self._effects(few, part):
+                effects.append(values)
+                extreme += [values[0] <= mine[0], values[1] >= mine[1]]
         p = (1 + extreme) / (1 + len(effects))
         return np.array(effects).reshape(-1, 2), (float(p[0]), float(p[1]))
 
-    def _effects(self, use: CausalUse, direction: Direction) -> tuple[float, float]:
-        """Mean bypass and mean induce of a direction, added as often as the one at its hook."""
-        induce = use.induce([direction], self.found[direction.hook].coeff, self.limits.scope)[0]
-        return float(use.bypass(direction).mean()), float(induce.mean())
+    def _effects(self, use: CausalUse, directions: Sequence[Direction]) -> list[tuple[float, float]]:
+        """Mean bypass and mean induce of directions at one hook, added as often as the candidate there."""
+        added = use.induce(directions, self.found[directions[0].hook].coeff, self.limits.scope)
+        return [(float(use.bypass(d).mean()), float(a.mean())) for d, a in zip(directions, added, strict=True)]
 
     def _row(
         self, metric: str, value: Interval, hook: str | None = None, note: str | None = None, n: int | None = None
@@ -437,15 +459,19 @@ class _Search:
 
     def _rows(self, passed: int) -> list[Measurement]:
         use, notes = self.use, self._behaviour_note()
-        counts = [(len(use.positive), self.prompts.labelled[0]), (len(use.negative), self.prompts.labelled[1])]
         levels = (use.base_positive, use.base_negative)
         rows = [
-            self._row(f"behaviour_{side}", self._mean(levels[k], k), note=notes, n=counts[k][0])
-            for k, side in enumerate(("positive", "negative"))
+            self._row(f"behaviour_{side.name}", self._mean(levels[k], k), note=notes, n=len(side.prompts))
+            for k, side in enumerate(self.sides)
         ]
         rows += [
-            self._row(f"selection_prompts_{side}", Interval(float(k), NAN, NAN), note=f"of {labelled}", n=labelled)
-            for side, (k, labelled) in zip(("positive", "negative"), counts, strict=True)
+            self._row(
+                f"selection_prompts_{side.name}",
+                Interval(float(len(side.prompts)), NAN, NAN),
+                note=side.told(),
+                n=side.labelled,
+            )
+            for side in self.sides
         ]
         rows.append(self._row("chosen_by_separability", Interval(1.0, NAN, NAN), self.separable.hook))
         for hook, effects in self.found.items():
@@ -483,13 +509,13 @@ class _Search:
         fitted = " (which the directions were fitted on)" if split == "train" else ""
         left_out, separable = self._left_out(), self.separable.hook
         same = "as by separability" if chosen == separable else f"separability alone would take {separable}"
-        n = (len(self.use.positive), len(self.use.negative))
-        few = f"; REMARK: fewer than {FEWEST} selection prompts on a side" if min(n) < FEWEST else ""
+        fewest = min(len(side.prompts) for side in self.sides)
+        few = f"; REMARK: fewer than {FEWEST} selection prompts on a side" if fewest < FEWEST else ""
+        shown, other = (side.told() for side in self.sides)
         return (
-            f"on the {split} pairs{fitted}, of which {n[0]} of {self.prompts.labelled[0]} positive prompts show the"
-            f" behaviour and {n[1]} of {self.prompts.labelled[1]} negative ones do not: ablating it brings the log-odds"
-            f" from {self.use.base_positive.mean():.2f} to {use.bypass.mean():.2f} ({down:.0%} of the way to the other"
-            f" level), adding it {use.coeff:g} times from {self.use.base_negative.mean():.2f} to"
+            f"on the {split} pairs{fitted}: {shown} show the behaviour and {other} do not; ablating it brings the"
+            f" log-odds from {self.use.base_positive.mean():.2f} to {use.bypass.mean():.2f} ({down:.0%} of the way to"
+            f" the other level), adding it {use.coeff:g} times from {self.use.base_negative.mean():.2f} to"
             f" {use.induce.mean():.2f} ({up:.0%}); KL"
             f" {use.kl.mean():.2g} nats; {passed} of {len(self.candidates.directions)} hooks pass"
             f"{f' ({left_out})' if left_out else ''}; {same}{few}"

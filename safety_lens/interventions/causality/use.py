@@ -126,9 +126,7 @@ class CausalUse:
         hooks = {directions[k].hook for k in resumed}
         edits = {k: steer(directions[k], coeff, scope=scope)[0] for k in resumed}
         named = named_hooks(self.model, list(edits.values()))
-        forests = plant(
-            self.model, self.negative, branches.spots(len(self.negative)), named, batch_size=self.batch_size
-        )
+        forests = plant(self.model, self.negative, spots, named, batch_size=self.batch_size)
         for forest in forests if resumed else ():
             stream = self._stream(forest, hooks)
             for k, layer in resumed.items():

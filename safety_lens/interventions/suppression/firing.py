@@ -59,7 +59,7 @@ class FiringLog:
             columns = {
                 "row": frame.row[:, None].expand_as(frame.position),
                 "position": frame.position,
-                "written": frame.position >= frame.prompt[:, None],
+                "written": frame.position >= frame.prompt,
                 "projection": at.alignment(x),
                 "margin": margin,
                 "touched": touched,
