@@ -385,10 +385,12 @@ def test_an_interrupted_run_resumes_to_the_same_adapter_and_one_log_without_hole
         run(config(tmp_path / "a", **asked), callbacks=[_Killed()])
     torn = tmp_path / "a" / "checkpoints" / "checkpoint-3"
     torn.mkdir()  # a checkpoint whose writing was cut off
+    (kept := torn.with_name("checkpoint-of-mine")).mkdir()
     with pytest.raises(ArtifactError, match=r"another configuration \(different: training.max_steps\)"):
         run(config(tmp_path / "a", **asked, training__max_steps=5), resume=True)
     result = run(config(tmp_path / "a", **asked), resume=True)
     assert not torn.exists()
+    assert kept.exists()
     ours, theirs = (load_file(place / "adapter_model.safetensors") for place in (result.out, finished.out))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     rows = read_log(result.out / "drift.jsonl")

@@ -1,6 +1,7 @@
 """The folder of a run: taken, resumed or refused before anything loads."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -107,10 +108,10 @@ def _check_resumable(config: RunConfig) -> None:
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint; one whose writing was cut off is removed, so that it cannot stand in the way.
 
-    The Trainer writes trainer_state.json last.
+    The Trainer names them checkpoint-STEP and writes trainer_state.json last; folders of other names are left alone.
     """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for place in found:
+    steps = {int(name[1]): path for path in folder.glob("*") if (name := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    for _, place in sorted(steps.items(), reverse=True):
         if _is_whole(place):
             return place
         shutil.rmtree(place)
