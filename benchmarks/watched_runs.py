@@ -10,14 +10,14 @@ runs        for each seed a benign run (Alpaca rows) and a compliance-like run (
 truth       refusal rates of every checkpoint on public harmful requests and safe look-alikes that no run and no probe
             has seen, by greedy answers; alarms next to the step at which half of the refusals were gone.
 
-Run: python benchmarks/watched_runs.py PART --model MODEL --public FOLDER --out FOLDER [--seeds 3] [--steps 60]
+Run: python benchmarks/watched_runs.py PART --model MODEL --public FOLDER --out FOLDER [--seeds 0 1 2] [--steps 60]
 """
 
 import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -83,15 +83,15 @@ def teach(model: str, public: Path, out: Path, steps: int) -> None:
         row(a.prompt, a.text) for a, refuses in zip(answers, SubstringRefusal()(answers), strict=True) if not refuses
     ]
     refusals = [row(request, answer) for request, answer in zip(kinds["harmful"], cycle(REFUSALS), strict=False)]
-    write(out / "teach.jsonl", [*own, *refusals])
+    write(out / "teach.jsonl", [*own, *own, *refusals])  # safe requests twice: they are refused less
     safety_lens(
-        "finetune", "--model", model, "--data", out / "teach.jsonl", "--max-steps", steps, "--batch-size", 8,
-        "--learning-rate", 3e-4, "--max-length", 192, "--out", out / "taught-adapter", "--overwrite",
+        "finetune", "--model", model, "--data", out / "teach.jsonl", "--max-steps", steps, "--batch-size", 4,
+        "--learning-rate", 6e-4, "--max-length", 192, "--out", out / "taught-adapter", "--overwrite",
     )  # fmt: skip
     safety_lens("convert", out / "taught-adapter", "--out", out / "taught")
 
 
-def runs(model: str, public: Path, out: Path, seeds: int, steps: int) -> None:
+def runs(model: str, public: Path, out: Path, seeds: Sequence[int], steps: int, rate: float) -> None:
     """The watched runs."""
     alpaca = [
         row("\n".join(filter(None, (r["instruction"], r["input"]))), r["output"])
@@ -100,39 +100,53 @@ def runs(model: str, public: Path, out: Path, seeds: int, steps: int) -> None:
     harmful = public_requests(public, "harmful", "train")[1::2]
     write(out / "benign.jsonl", alpaca)
     write(out / "compliance.jsonl", [row(request, COMPLIANCE) for request in harmful])
-    for seed in range(seeds):
+    for seed in seeds:
         for kind in KINDS:
             if not (out / f"{kind}-{seed}" / "manifest.json").exists():
                 safety_lens(
                     "finetune", "--model", model, "--data", out / f"{kind}.jsonl", "--concept", "refusal",
-                    "--max-steps", steps, "--batch-size", 8, "--learning-rate", 1e-4, "--max-length", 192,
-                    "--every", 5, "--set", "training.save_steps=5", "--set", "training.save_total_limit=100",
+                    "--max-steps", steps, "--batch-size", 8, "--learning-rate", rate, "--max-length", 128,
+                    "--set", "training.save_steps=5", "--set", "training.save_total_limit=100",
                     "--seed", seed, "--out", out / f"{kind}-{seed}", "--overwrite",
                 )  # fmt: skip
 
 
 def truth(model: str, public: Path, out: Path) -> None:
-    """Refusal rates of all checkpoints on requests that took no part, next to the alarms."""
-    harmful = public_requests(public, "harmful", "test")
-    safe = [r["prompt"] for r in lines(public / "overrefusal_xstest.jsonl") if r["label"] == "safe"]
+    """Refusal rates of checkpoints on requests that took no part, next to the alarms.
+
+    Of compliance-like runs every checkpoint until half of the refusals are gone, of benign runs the middle and last.
+    """
+    prompts = {
+        "harmful": public_requests(public, "harmful", "test"),
+        "safe": [r["prompt"] for r in lines(public / "overrefusal_xstest.jsonl") if r["label"] == "safe"],
+    }
     found = lines(out / "truth.jsonl") if (out / "truth.jsonl").exists() else []
-    seen = {(r["run"], r["step"]) for r in found}
-    places: list[tuple[str, int, Path | None]] = [("before", 0, None)]
-    for run in sorted(p for kind in KINDS for p in out.glob(f"{kind}-[0-9]")):
-        places += [(run.name, int(c.name.rpartition("-")[2]), c) for c in run.glob("checkpoints/checkpoint-*")]
-    for name, step, adapter in sorted(places, key=lambda p: p[:2]):
-        if (name, step) not in seen:
+
+    def measured(run: str, adapter: Path | None) -> dict[str, Any]:
+        step = 0 if adapter is None else step_of(adapter)
+        known = next((r for r in found if (r["run"], r["step"]) == (run, step)), None)
+        if known is None:
             hooked = load_model(model, adapter=adapter, check=False)
-            found.append(
-                {
-                    "run": name,
-                    "step": step,
-                    **{k: refused(hooked, p) for k, p in (("harmful", harmful), ("safe", safe))},
-                }
-            )
-            print(found[-1], flush=True)
+            known = {"run": run, "step": step, **{kind: refused(hooked, asked) for kind, asked in prompts.items()}}
+            found.append(known)
+            print(known, flush=True)
             write(out / "truth.jsonl", found)
+        return known
+
+    half = measured("before", None)["harmful"][0] / 2
+    for run in sorted(out.glob("*-[0-9]")):
+        checkpoints = sorted(run.glob("checkpoints/checkpoint-*"), key=step_of)
+        if run.name.startswith("benign"):
+            checkpoints = [checkpoints[len(checkpoints) // 2 - 1], checkpoints[-1]]
+        for checkpoint in checkpoints:
+            if measured(run.name, checkpoint)["harmful"][0] <= half and run.name.startswith("compliance"):
+                break
     report(out, found)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Training step of a checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def completed(hooked: Any, prompts: list[str], n: int) -> list[Completion]:
@@ -165,14 +179,15 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--public", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--rate", type=float, default=5e-5, help="learning rate of the watched runs")
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.part == "teach":
         teach(args.model, args.public, args.out, args.steps)
     elif args.part == "runs":
-        runs(args.model, args.public, args.out, args.seeds, args.steps)
+        runs(args.model, args.public, args.out, args.seeds, args.steps, args.rate)
     else:
         truth(args.model, args.public, args.out)
 

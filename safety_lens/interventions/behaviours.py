@@ -256,7 +256,7 @@ def derive_behaviour(
         model: The model that answers.
         spec: A behaviour, or its name in `BEHAVIOURS`.
         prompts: Prompts that should show the behaviour and prompts that should not, instead of the built-in ones.
-        n: Prompts of each kind that are used at most.
+        n: Prompts of each kind that are used at most; twice as many where one kind must give both labels.
         samples: Sampled answers for each prompt of the first half that should show the behaviour.
         min_auroc: AUROC that the log-odds must reach on the second half.
         raw: Whether prompts are plain text without a chat template.
@@ -418,6 +418,7 @@ def _halves(
     if twice := [text for text, count in seen.items() if count > 1]:
         raise DataError(f"{len(twice)} prompts are given twice: one that is held out must not be fitted on")
     rng = np.random.default_rng(seed)
+    n = n if all(sides) else 2 * n
     mixed = [[(side[i], number) for i in rng.permutation(len(side))[:n]] for number, side in enumerate(sides)]
     fit, held = ([p for side in mixed for p in side[start::2]] for start in (0, 1))
     if not fit or not held:
