@@ -81,7 +81,7 @@ Draws = Annotated[
     int, typer.Option(min=0, help="With --select causal: random and shuffled directions, each, at the chosen hook.")
 ]
 MaxKl = Annotated[
-    float, typer.Option(min=0.0, help="With --select causal: nats per token that ablating may change negative answers by.")
+    float, typer.Option(min=0.0, help="With --select causal: nats per token by which ablating may change answers.")
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Take prompts as plain text, without the chat template.")]
 Truncate = Annotated[
