@@ -91,7 +91,9 @@ def teach(model: str, public: Path, out: Path, steps: int) -> None:
     safety_lens("convert", out / "taught-adapter", "--out", out / "taught")
 
 
-def runs(model: str, public: Path, out: Path, seeds: Sequence[int], steps: int, rate: float) -> None:
+def runs(
+    model: str, public: Path, out: Path, seeds: Sequence[int], kinds: Sequence[str], steps: int, rate: float
+) -> None:
     """The watched runs."""
     alpaca = [
         row("\n".join(filter(None, (r["instruction"], r["input"]))), r["output"])
@@ -101,11 +103,11 @@ def runs(model: str, public: Path, out: Path, seeds: Sequence[int], steps: int, 
     write(out / "benign.jsonl", alpaca)
     write(out / "compliance.jsonl", [row(request, COMPLIANCE) for request in harmful])
     for seed in seeds:
-        for kind in KINDS:
+        for kind in kinds:
             if not (out / f"{kind}-{seed}" / "manifest.json").exists():
                 safety_lens(
                     "finetune", "--model", model, "--data", out / f"{kind}.jsonl", "--concept", "refusal",
-                    "--max-steps", steps, "--batch-size", 8, "--learning-rate", rate, "--max-length", 128,
+                    "--max-steps", steps, "--batch-size", 4, "--learning-rate", rate, "--max-length", 128,
                     "--set", "training.save_steps=5", "--set", "training.save_total_limit=100",
                     "--seed", seed, "--out", out / f"{kind}-{seed}", "--overwrite",
                 )  # fmt: skip
@@ -180,6 +182,7 @@ def main() -> None:
     parser.add_argument("--public", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     parser.add_argument("--rate", type=float, default=5e-5, help="learning rate of the watched runs")
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
@@ -187,7 +190,7 @@ def main() -> None:
     if args.part == "teach":
         teach(args.model, args.public, args.out, args.steps)
     elif args.part == "runs":
-        runs(args.model, args.public, args.out, args.seeds, args.steps, args.rate)
+        runs(args.model, args.public, args.out, args.seeds, args.kinds, args.steps, args.rate)
     else:
         truth(args.model, args.public, args.out)
 

@@ -233,7 +233,7 @@ def test_the_kl_of_an_ablation_is_that_of_the_first_four_tokens_of_own_answers(n
     rows = [Continuation(tuple(p.ids), tuple(ids)) for p, ids in zip(prompts, own, strict=True)]
     expected = [kl.mean() for kl in continuation_kl(model, rows, [ablate(direction)])[0]]
     np.testing.assert_allclose(use.kl(direction), expected, rtol=2e-3, atol=1e-6)
-    np.testing.assert_allclose(use.first(2).kl(direction), expected[:2], rtol=2e-3, atol=1e-6)
+    np.testing.assert_allclose(use.part(stop=2).kl(direction), expected[:2], rtol=2e-3, atol=1e-6)
     assert min(expected) > 1e-5
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -285,6 +286,11 @@ class _Search:
     def limits(self) -> Limits:
         return self.selector.limits
 
+    @cached_property
+    def few(self) -> CausalUse:
+        """The prompts of the first pass."""
+        return self.use.part(stop=self.limits.coarse)
+
     def run(self) -> Choice:
         with self.selector.timed("search"):
             self._first_pass()
@@ -311,22 +317,21 @@ class _Search:
         gaps = {str(r.hook): r.value for r in self.separable.measurements if r.metric == "select_d_prime"}
         self.out = left_out(directions, self.limits, n_layers=cfg.n_layers, d_model=cfg.d_model)
         order = [hook for hook in in_order(directions, gaps, cfg.n_layers) if hook not in self.out]
-        few = self.use.first(self.limits.coarse)
         by_depth = sorted(order, key=lambda hook: (depth(hook, cfg.n_layers), hook))
         step = 1 if len(order) <= FEW_HOOKS else 2
-        self._look_at(few, sorted(by_depth[::step], key=order.index))
+        self._look_at(sorted(by_depth[::step], key=order.index))
         if step > 1:
             places = [by_depth.index(hook) for hook in self._ranked()[:2]]
-            self._look_at(few, [hook for place in places for hook in by_depth[max(0, place - 1) : place + 2]])
+            self._look_at([hook for place in places for hook in by_depth[max(0, place - 1) : place + 2]])
         for hook in by_depth:
             if hook not in self.found:
                 self.out.setdefault(hook, "not measured: hooks next to it do less than others")
         # the separable one is measured whatever speaks against it: it is what this choice is compared with
         if self.separable.hook not in self.found and ablatable(directions[self.separable.hook], cfg.d_model):
-            self._measure(few, self.separable.hook)
+            self._measure(self.separable.hook)
 
-    def _look_at(self, few: CausalUse, hooks: Sequence[str]) -> None:
-        """Measure hooks that are not yet measured, but for near-duplicates of hooks within the limits."""
+    def _look_at(self, hooks: Sequence[str]) -> None:
+        """Measure hooks on few prompts, but for near-duplicates of hooks within the limits."""
         directions = self.candidates.directions
         for hook in hooks:
             within = [directions[h] for h, use in self.found.items() if h not in self.out and not self._failure(use)]
@@ -335,13 +340,12 @@ class _Search:
             if near := twin(directions[hook], within, self.limits.near):
                 self.out[hook] = f"near-duplicate: cosine above {self.limits.near:g} with {near}"
             else:
-                self._measure(few, hook)
+                self._measure(hook, least=self.limits.min_bypass / 2)
 
     def _second_pass(self) -> None:
         """Measure all prompts at the best hooks, and judge them by the limits."""
         for hook in self._ranked()[: self.limits.finalists]:
-            self._measure(self.use, hook)
-            self._strengthen(hook)
+            self._complete(hook)
             self.finalists.add(hook)
         for hook, use in self.found.items():
             late = "" if hook in self.finalists else "not a finalist: others do more on few prompts"
@@ -359,19 +363,39 @@ class _Search:
             return f"does not induce: {up:.0%} of the way, below {limits.min_induce:.0%}"
         return ""
 
-    def _measure(self, use: CausalUse, hook: str) -> None:
-        direction, coeff = self.candidates.directions[hook], self.limits.coeffs[0]
-        induce = use.induce([direction], coeff, self.limits.scope)[0]
-        self.found[hook] = _Use(use.bypass(direction), induce, use.kl(direction), coeff)
+    def _measure(self, hook: str, least: float = -np.inf) -> None:
+        """Measure a hook on few prompts; what bypasses less than `least` is left out, and neither added nor charged."""
+        direction, few = self.candidates.directions[hook], self.few
+        bypass, unknown = few.bypass(direction), np.full(len(few.negative), NAN)
+        found = self.found[hook] = _Use(bypass, unknown, unknown, self.limits.coeffs[0])
+        if (down := self._shares(found)[0]) < least:
+            self.out[hook] = f"does not bypass: {down:.0%} of the way on few prompts"
+        else:
+            self.found[hook] = found._replace(induce=self._added(few, hook, found.coeff), kl=few.kl(direction))
         self.selector.advance(1)
 
-    def _strengthen(self, hook: str) -> None:
+    def _added(self, use: CausalUse, hook: str, coeff: float) -> PerPrompt:
+        return use.induce([self.candidates.directions[hook]], coeff, self.limits.scope)[0]
+
+    def _complete(self, hook: str) -> None:
+        """Take the first coefficient that induces enough on few prompts, and measure the remaining prompts."""
+        self._strengthen(hook, self.few)
+        found, rest = self.found[hook], self.use.part(self.limits.coarse)
+        direction = self.candidates.directions[hook]
+        if rest.positive:
+            found = found._replace(bypass=np.concatenate([found.bypass, rest.bypass(direction)]))
+        if rest.negative:
+            induce = np.concatenate([found.induce, self._added(rest, hook, found.coeff)])
+            found = found._replace(induce=induce, kl=np.concatenate([found.kl, rest.kl(direction)]))
+        self.found[hook] = found
+        self._strengthen(hook, self.use)
+
+    def _strengthen(self, hook: str, use: CausalUse) -> None:
         """Raise the coefficient of the addition until it induces enough, or all are tried."""
-        for coeff in self.limits.coeffs[1:]:
+        for coeff in self.limits.coeffs[self.limits.coeffs.index(self.found[hook].coeff) + 1 :]:
             if self._shares(self.found[hook])[1] >= self.limits.min_induce:
                 return
-            induce = self.use.induce([self.candidates.directions[hook]], coeff, self.limits.scope)[0]
-            self.found[hook] = self.found[hook]._replace(induce=induce, coeff=coeff)
+            self.found[hook] = self.found[hook]._replace(induce=self._added(use, hook, coeff), coeff=coeff)
 
     def _ranked(self) -> list[str]:
         """Measured hooks that may be chosen: those within the KL limit first, then by the sum of both shares."""
@@ -409,7 +433,7 @@ class _Search:
         """Compare the direction with controls of its length on few prompts, and leave it out where they do as much."""
         if not self.limits.draws:
             return []
-        few, real = self.use.first(self.limits.control_prompts), self.candidates.directions[hook]
+        few, real = self.use.part(stop=self.limits.control_prompts), self.candidates.directions[hook]
         own = self.found[hook]
         mine = (own.bypass[: len(few.positive)].mean(), own.induce[: len(few.negative)].mean())
         rows = []
@@ -478,10 +502,13 @@ class _Search:
             shares, note = self._shares(effects), None if hook in self.finalists else "first pass"
             for metric, side in (("bypass", 0), ("induce", 1), ("kl", 1)):
                 values = getattr(effects, metric)
+                if not np.isfinite(values).all():
+                    continue
                 row = self._row(metric, self._mean(values, side), hook, note, len(values))
                 rows.append(replace(row, coeff=effects.coeff) if metric == "induce" else row)
             for metric, share in zip(("bypass_share", "induce_share"), shares, strict=True):
-                rows.append(self._row(metric, Interval(share, NAN, NAN), hook, note))
+                if np.isfinite(share):
+                    rows.append(self._row(metric, Interval(share, NAN, NAN), hook, note))
         for hook in self.candidates.directions:
             eligible = Interval(float(hook not in self.out), NAN, NAN)
             rows.append(self._row("causal_eligible", eligible, hook, self.out.get(hook)))

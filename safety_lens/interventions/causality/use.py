@@ -62,12 +62,15 @@ class CausalUse:
         self.model, self.positive, self.negative, self.openings = model, positive, negative, openings
         self.batch_size = batch_size
 
-    def first(self, n: int) -> "CausalUse":
-        """The same for the first prompts of both sides."""
-        few = CausalUse(self.model, self.positive[:n], self.negative[:n], self.openings, batch_size=self.batch_size)
-        few.base_positive, few.base_negative = self.base_positive[:n], self.base_negative[:n]
-        few._own_beginnings = self._own_beginnings[:n]
-        return few
+    def part(self, start: int = 0, stop: int | None = None) -> "CausalUse":
+        """The same for some prompts of both sides."""
+        some = slice(start, stop)
+        found = CausalUse(
+            self.model, self.positive[some], self.negative[some], self.openings, batch_size=self.batch_size
+        )
+        found.base_positive, found.base_negative = self.base_positive[some], self.base_negative[some]
+        found._own_beginnings = self._own_beginnings[some]
+        return found
 
     @cached_property
     def base_positive(self) -> PerPrompt:
