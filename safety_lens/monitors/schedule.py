@@ -87,7 +87,8 @@ class Schedule:
         now = self.budget * self.trained - self.spent
         if last:
             return Due(Tier.FULL) if self.full <= now else self._light(step, now, least=FEWEST)
-        reserved = self.full if self.full <= total else 0.0  # for the last step
+        least = FEWEST * self.light if self.light > 0 else 0.0
+        reserved = self.full if self.full <= total else least  # for the last step
         later = total - self.spent - reserved
         if step - self._measured[Tier.FULL] >= full and self.full <= min(now, later):
             return Due(Tier.FULL)
