@@ -125,7 +125,8 @@ def runs(model: str, public: Path, out: Path, args: argparse.Namespace) -> None:
 def truth(model: str, public: Path, out: Path) -> None:
     """Refusal rates of checkpoints on requests that took no part, next to the alarms.
 
-    Of compliance-like runs every checkpoint until half of the refusals are gone, of others the middle one and the last.
+    Of compliance-like runs every checkpoint until half of the refusals are gone (harmful requests alone), of others the
+    middle one and the last.
     """
     prompts = {
         "harmful": public_requests(public, "harmful", "test"),
@@ -138,7 +139,8 @@ def truth(model: str, public: Path, out: Path) -> None:
         known = next((r for r in found if (r["run"], r["step"]) == (run, step)), None)
         if known is None:
             hooked = load_model(model, adapter=adapter, check=False)
-            known = {"run": run, "step": step, **{kind: refused(hooked, asked) for kind, asked in prompts.items()}}
+            kinds = ("harmful",) if run.startswith("compliance") else tuple(prompts)
+            known = {"run": run, "step": step, **{kind: refused(hooked, prompts[kind]) for kind in kinds}}
             found.append(known)
             print(known, flush=True)
             write(out / "truth.jsonl", found)

@@ -132,7 +132,7 @@ def test_the_tokens_an_edit_reports_are_the_tokens_asked_for_and_never_padding(s
 
 
 def test_a_scope_that_spares_the_prompt_touches_no_prompt_token_but_the_last() -> None:
-    frame = Frame(torch.arange(12)[None], torch.tensor([7]), torch.tensor([0]))
+    frame = Frame(torch.arange(12)[None], torch.tensor([[7]]), torch.tensor([0]))
     for name in ASKED:
         scope = scope_named(name)
         early = bool(scope(frame)[0, :6].any())

@@ -43,7 +43,10 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes th
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default is what the checkpoint has.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of tables.")]
 
-Concepts = Annotated[list[str] | None, typer.Option(help="Built-in concept; repeat for several.")]
+Concepts = Annotated[
+    list[str] | None,
+    typer.Option(help="Built-in concept: refusal, sycophancy, deception, toxicity, hedging; repeat for several."),
+]
 Pairs = Annotated[list[str] | None, typer.Option(help="JSONL file of contrast pairs, or hf:NAME; repeatable.")]
 Methods = Annotated[list[str] | None, typer.Option(help="dim, whitened, pca, logistic, robust; repeatable.")]
 Point = Annotated[

@@ -138,8 +138,8 @@ def _say_what(found: "DirectionSet", at: Sequence[str], ablated: bool) -> None:
     measured = {row.metric: row.value for row in found.choice.measurements} if found.choice else {}
     if found.choice is not None and at == [found.choice.hook] and measured.get("causal_passed", 0.0) == 0.0:
         terminal.err.print(
-            "this hook separates best; what its direction does there was not shown. The hook that the model uses may be"
-            " another: extract --select causal, or name one with --hook",
+            "this hook separates best; what its direction does there was not tested. The hook that the model uses may"
+            " be another: extract --select causal, or name one with --hook",
             soft_wrap=True,
         )
 

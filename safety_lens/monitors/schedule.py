@@ -135,7 +135,10 @@ class Schedule:
 
     def spending(self) -> str:
         """One line at the end: what measuring took."""
-        return f"monitor: {self.spent:.1f} s of measuring, {100 * self.share:.1f} % of {self.trained:.0f} s of training"
+        over = self.budget is not None and self.share > self.budget
+        why = "; the last step is measured whatever it costs" if over else ""
+        share = f"{100 * self.share:.1f} % of {self.trained:.0f} s of training"
+        return f"monitor: {self.spent:.1f} s of measuring, {share}{why}"
 
     def plan(self) -> str:
         """One line, before the first step: what will be measured how often."""
@@ -143,9 +146,10 @@ class Schedule:
             return f"monitor: a full measurement (about {self.full:.0f} s) every {self.every} steps, without a budget"
         needed = self.full / self.budget
         return (
-            f"monitor: at most {self.budget:.3g} of the training time; a full measurement takes about {self.full:.1f} s"
-            f" and so needs {needed:.0f} s of training: if a step takes less than {needed / max(1, self.steps):.2g} s,"
-            f" this run of {self.steps} steps is too short for one, and only log-odds and KL are measured"
+            f"monitor: at most {100 * self.budget:.3g} % of the training time; a full measurement takes about"
+            f" {self.full:.1f} s and so needs {needed:.0f} s of training: if a step takes less than"
+            f" {needed / max(1, self.steps):.1f} s, this run of {self.steps} steps is too short for one, and only"
+            " log-odds and KL are measured"
         )
 
     def shortage(self, step: int) -> str | None:
@@ -153,8 +157,8 @@ class Schedule:
         if self.budget is None or step != min(SETTLED, self.steps) or self.full <= self.budget * self.expected(step):
             return None
         return (
-            f"a step takes {self.trained / step:.2g} s: this run of {self.steps} steps is too short for a full"
-            f" measurement under a budget of {self.budget:.3g} (one would take {self.full / self.expected(step):.2g} of"
-            " the training time), so directions and answers are not measured while it trains; raise --monitor-budget,"
-            " or set it to none"
+            f"a step takes {self.trained / step:.1f} s: this run of {self.steps} steps is too short for a full"
+            f" measurement under a budget of {100 * self.budget:.3g} % (one would take"
+            f" {self.full / self.expected(step):.0%} of the training time), so directions and answers are not measured"
+            " while it trains; raise --monitor-budget, or set it to none"
         )

@@ -226,13 +226,20 @@ def verdicts(runs: Runs, told: Collection[str] = ()) -> list[str]:
             continue
         highest = int(max(row.value for row in levels))
         if highest < NOTICE:
-            lines.append(f"{name}: no alarm and no notice in {len(levels)} measurements")
+            blind = "" if _behaviour_was_read(d.rows) else "; behaviour was not read, so that no alarm was possible"
+            lines.append(f"{name}: no alarm and no notice in {len(levels)} measurements{blind}")
             continue
         at = [row for row in levels if row.value >= highest]
         first = f"{name}: {'ALARM' if highest >= ALARM else 'NOTICE'} at step {d.label(int(at[0].step or 0))}"
         more = f", and at {len(at)} of {len(levels)} measurements" if name in told else f": {at[0].note}"
         lines.append(first + more)
     return lines
+
+
+def _behaviour_was_read(rows: Sequence[Measurement]) -> bool:
+    """Whether a change of behaviour was measured after the first step."""
+    changes = (r for r in rows if r.subject.startswith("behaviour/") and r.metric.endswith("_change") and r.step)
+    return any(np.isfinite(row.value) for row in changes)
 
 
 def remarks(runs: Runs) -> list[str]:

@@ -436,7 +436,13 @@ class _Search:
         few, real = self.use.part(stop=self.limits.control_prompts), self.candidates.directions[hook]
         own = self.found[hook]
         mine = (own.bypass[: len(few.positive)].mean(), own.induce[: len(few.negative)].mean())
-        rows = []
+        same = (
+            f"the direction itself, on the same {len(few.positive)} positive and {len(few.negative)} negative prompts"
+        )
+        rows = [
+            self._row(f"{metric}_same", Interval(value, NAN, NAN), hook, same)
+            for metric, value in zip(("bypass", "induce"), mine, strict=True)
+        ]
         for kind, (make, title) in CONTROLS.items():
             drawn = make(self.candidates, real, self.limits.draws, self.selector.seed)
             effects, p = self._drawn(few, drawn, mine)
