@@ -339,7 +339,7 @@ def _fault(entry: Any) -> str:
     if entry["type"] == "extra_forbidden":
         return f"unknown key '{place}'{nearest(place, list(known_keys()))}"
     if entry["type"] == "missing":
-        return f"'{place}' is missing"
+        return f"'{place}' is missing" + (f": give --{place}" if place in ("out", "data") else "")
     return f"'{place}': {entry['msg']}, got {str(entry['input'])[:60]!r}"
 
 
