@@ -50,7 +50,7 @@ def test_measuring_stays_within_its_share_whatever_it_costs(full: float, light: 
 def test_cheap_measurements_come_as_often_as_they_are_asked_for() -> None:
     found = lived(schedule(full=0.01, light=0.0001))
     assert tiers(found, Tier.FULL) == list(range(50, 401, 50))
-    assert set(tiers(found, Tier.LIGHT)) == {s for s in range(10, 400, 10) if s % 50}
+    assert set(tiers(found, Tier.LIGHT)) == {5, *(s for s in range(10, 400, 10) if s % 50)}
     assert lived(schedule(budget=None)) == [(s, Due(Tier.FULL)) for s in range(50, 401, 50)]
     assert tiers(lived(schedule(budget=None), noticed=True), Tier.FULL) == list(range(10, 401, 10))
 
@@ -61,6 +61,16 @@ def test_light_measurements_come_before_the_first_full_one_and_read_fewer_prompt
     assert first < tiers(found, Tier.FULL)[0]
     prompts = [due.prompts for _, due in found if due.tier is Tier.LIGHT]
     assert all(8 <= n <= 20 for n in prompts), "about one training step at most"
+
+
+def test_early_steps_are_measured_from_what_the_whole_run_will_earn() -> None:
+    """The first ones cost more than 5 % of the training until then, and all of them less than 5 % of the run."""
+    one = schedule(steps=100, full=157.0, light=0.42)
+    steps = tiers(lived(one, step_seconds=3.3), Tier.LIGHT)
+    assert steps[:3] == [5, 10, 20]
+    assert steps[-1] == 100
+    assert 8 * 0.42 > 0.05 * 5 * 3.3
+    assert one.spent <= 0.05 * one.trained
 
 
 def test_a_run_too_short_for_a_full_measurement_has_light_ones_and_says_so() -> None:

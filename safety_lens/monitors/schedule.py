@@ -16,6 +16,8 @@ BUDGET = 0.05
 """Share of the training time that measuring may take by default."""
 FEWEST = 8
 """Prompts of a set that a light measurement reads at least."""
+EARLY = 5
+"""First step of a light measurement; the next ones, at twice the step of the last, need not wait for earned budget."""
 SETTLED = 3
 """Steps after which the time of a step is taken as known."""
 
@@ -92,7 +94,10 @@ class Schedule:
         later = total - self.spent - reserved
         if step - self._measured[Tier.FULL] >= full and self.full <= min(now, later):
             return Due(Tier.FULL)
-        if step - max(self._measured.values()) < self.interval(True):
+        latest = max(self._measured.values())
+        if step >= max(EARLY, 2 * latest) and least <= later:  # what breaks fast breaks early
+            return self._light(step, least, least=FEWEST)
+        if step - latest < self.interval(True):
             return Due(Tier.NONE)
         return self._light(step, min(now, later))
 
