@@ -99,7 +99,7 @@ def test_kl_is_never_negative_or_unknown_however_small_or_large_the_edit() -> No
     values = [np.concatenate(f) for f in found]
     assert all(np.isfinite(v).all() and (v >= 0).all() for v in values)
     means = [v.mean() for v in values]
-    assert means == sorted(means)
+    assert max(means[:2]) < 1e-6 < means[2] < means[3]  # below that is rounding
 
 
 def test_edits_of_generated_tokens_leave_the_first_prediction_and_change_the_next() -> None:
