@@ -73,6 +73,21 @@ def test_early_steps_are_measured_from_what_the_whole_run_will_earn() -> None:
     assert one.spent <= 0.05 * one.trained
 
 
+@pytest.mark.parametrize("every", [5, 10, 50, 200, 1000])
+@pytest.mark.parametrize("steps", [3, 40, 100, 400])
+def test_there_are_never_more_measurements_than_the_false_alarms_are_budgeted_for(every: int, steps: int) -> None:
+    for more in ({}, {"full": 0.01, "light": 0.0001}, {"budget": None}, {"budget": 1.0}):
+        for noticed in (False, True):
+            one = schedule(every=every, steps=steps, **more)
+            assert len(lived(one, noticed=noticed)) <= one.most
+
+
+def test_a_run_that_spends_more_than_its_budget_says_why() -> None:
+    over, within = (schedule(spent=spent, trained=100.0).spending() for spent in (6.0, 4.0))
+    assert "6.0 % of 100 s of training; the last step is measured whatever it costs" in over
+    assert within.endswith("4.0 % of 100 s of training")
+
+
 def test_a_run_too_short_for_a_full_measurement_has_light_ones_and_says_so() -> None:
     one = schedule(steps=40, full=11.0)
     assert "too short for one" in one.plan()

@@ -78,7 +78,9 @@ class Schedule:
     @property
     def most(self) -> int:
         """Measurements that the run can have at most."""
-        return -(-self.steps // self.interval(True)) + 1
+        interval = self.interval(True)
+        early = 0 if self.budget is None else sum(EARLY * 2**k < min(interval, self.steps) for k in range(32))
+        return -(-self.steps // interval) + 1 + early
 
     def due(self, step: int, *, last: bool, noticed: bool) -> Due:
         """Decide what is measured after this step."""
