@@ -134,6 +134,30 @@ def test_the_one_that_only_separates_is_measured_too_and_does_nothing() -> None:
     assert values(found.choice, "chosen_by_separability") == {apart: 1.0}
 
 
+def test_effects_do_not_depend_on_how_many_prompts_the_first_pass_took() -> None:
+    """Nor do those next to the controls, where the controls are measured on all prompts."""
+    whole, parts = (
+        causal_selector(limits=replace(LIGHT, coarse=coarse, control_prompts=10**6))(candidates()) for coarse in (64, 5)
+    )
+    assert whole.hook == parts.hook
+    for metric in ("bypass", "induce", "kl"):
+        expected = values(whole, metric)[whole.hook]
+        assert values(parts, metric)[whole.hook] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        if metric != "kl":
+            assert values(parts, f"{metric}_same")[whole.hook] == pytest.approx(expected, rel=1e-4)
+
+
+def test_hooks_that_hardly_bypass_are_neither_added_nor_charged_and_it_is_said() -> None:
+    choice = causal_selector(limits=replace(LIGHT, min_bypass=10.0))(candidates())
+    apart = by_separability(candidates()).hook
+    notes = {r.hook: r.note for r in choice.measurements if r.metric == "causal_eligible" and r.hook != apart}
+    looked_at = values(choice, "bypass").keys() - {apart}
+    assert looked_at
+    assert all(str(notes[hook]).startswith("does not bypass") for hook in looked_at)
+    assert values(choice, "induce").keys() == values(choice, "kl").keys() == {apart}
+    assert looked_at & values(causal_selector(limits=LIGHT)(candidates()), "induce").keys(), "the usual limit adds some"
+
+
 def test_random_directions_pass_nowhere_and_the_choice_says_so() -> None:
     for seed in range(2):
         choice = causal_selector(limits=LIGHT)(candidates(lambda d, s=seed: random_direction(d, s, seed=99)))

@@ -310,7 +310,7 @@ def _grown(ids: Sequence[Sequence[int]], groups: Sequence[Sequence[int]]) -> lis
 
 
 def _parts_prompts(tree: Tree, lengths: Sequence[int]) -> bool:
-    """Whether every token of a tree is of the prompt, or of what follows it, for all rows alike."""
+    """Check that each token of a tree is of the prompt for all of its rows, or for none."""
     inside, behind = set[int](), set[int]()
     for nodes, length in zip(tree.nodes, lengths, strict=True):
         inside.update(nodes[:length])
@@ -326,7 +326,7 @@ def _by_prompt(rows: Sequence[Spot]) -> list[list[int]]:
 
 
 def _may_share(model: HookedTransformer, hooks: Sequence[NamedHook]) -> bool:
-    """Whether active hooks ask of a token only whether it is of the prompt, so that prompts may share it."""
+    """Check that active hooks treat all prompt tokens alike, and all later ones, so that prompts may share them."""
     if any(point.fwd_hooks for point in model.hook_dict.values()):
         return False
     edits = [fn for _, fn in hooks]

@@ -205,8 +205,8 @@ class _Side(NamedTuple):
         """Answers that were labelled."""
         return sum(labelled for _, labelled in self.counts.values())
 
-    def told(self) -> str:
-        """The counts for a reader."""
+    def counted(self) -> str:
+        """The counts, in words."""
         return " and ".join(f"{n} of {m} {self.name} {split} prompts" for split, (n, m) in self.counts.items())
 
 
@@ -240,7 +240,7 @@ def _side(candidates: Candidates, behaviour: Behaviour, selector: "CausalSelecto
             found.counts[split] = (taken + int(fits.sum()), labelled + len(prompts))
     if len(found.prompts) < LEAST:
         state = "do" if wanted else "do not"
-        raise DataError(f"{found.told()} of {concept.name}, by their answers, {state} show {behaviour.name}")
+        raise DataError(f"{found.counted()} of {concept.name}, by their answers, {state} show {behaviour.name}")
     return found
 
 
@@ -340,7 +340,7 @@ class _Search:
             if near := twin(directions[hook], within, self.limits.near):
                 self.out[hook] = f"near-duplicate: cosine above {self.limits.near:g} with {near}"
             else:
-                self._measure(hook, least=self.limits.min_bypass / 2)
+                self._measure(hook, least=-np.inf if hook == self.separable.hook else self.limits.min_bypass / 2)
 
     def _second_pass(self) -> None:
         """Measure all prompts at the best hooks, and judge them by the limits."""
@@ -498,7 +498,7 @@ class _Search:
             self._row(
                 f"selection_prompts_{side.name}",
                 Interval(float(len(side.prompts)), NAN, NAN),
-                note=side.told(),
+                note=side.counted(),
                 n=side.labelled,
             )
             for side in self.sides
@@ -544,7 +544,7 @@ class _Search:
         same = "as by separability" if chosen == separable else f"separability alone would take {separable}"
         fewest = min(len(side.prompts) for side in self.sides)
         few = f"; REMARK: fewer than {FEWEST} selection prompts on a side" if fewest < FEWEST else ""
-        shown, other = (side.told() for side in self.sides)
+        shown, other = (side.counted() for side in self.sides)
         return (
             f"on the {split} pairs{fitted}: {shown} show the behaviour and {other} do not; ablating it brings the"
             f" log-odds from {self.use.base_positive.mean():.2f} to {use.bypass.mean():.2f} ({down:.0%} of the way to"
