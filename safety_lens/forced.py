@@ -133,7 +133,7 @@ def _logprobs(
 
 
 def hooked_after_blocks(model: HookedTransformer) -> bool:
-    """Whether a hook after the blocks is active, which must see whole rows."""
+    """Look for active hooks after the blocks, which must see whole rows."""
     return any(point.fwd_hooks for name, point in model.hook_dict.items() if not name.startswith(BEFORE_HEAD))
 
 

@@ -241,20 +241,20 @@ class _Batch:
         Returns:
             The logits behind their last tokens.
         """
-        kinds = list(dict.fromkeys(self.ids))
-        rows, done = [self.ids.index(ids) for ids in kinds], self._common()
-        self.cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.device, 1 if done else len(self.ids))
+        kinds, done = list(dict.fromkeys(self.ids)), self._common()
+        equal = self.plan.may_share and len(kinds) < len(self.ids) and min(map(len, kinds)) > done + 1
+        first = kinds if equal else self.ids
+        self.cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.device, 1 if done else len(first))
         if done:
-            self._read([self.ids[0][:done]], rows[:1])
-        if self.plan.may_share and len(kinds) < len(self.ids) and min(map(len, kinds)) > done + 1:
-            self._pick([0] * len(kinds)) if done else self._pick(rows)
-            self._read([ids[done:-1] for ids in kinds], rows)
-            self._pick([kinds.index(ids) for ids in self.ids])
-            last = torch.tensor([[ids[-1]] for ids in self.ids], device=self.device)
-            return self._forward(last, torch.ones_like(last))
-        if done:
-            self._pick([0] * len(self.ids))
-        return self._forward(*left_padded([ids[done:] for ids in self.ids], self.device))
+            self._read([self.ids[0][:done]], [0])
+            self._pick([0] * len(first))
+        if not equal:
+            return self._forward(*left_padded([ids[done:] for ids in self.ids], self.device))
+        self._read([ids[done:-1] for ids in kinds], [self.ids.index(ids) for ids in kinds])
+        number = {ids: k for k, ids in enumerate(kinds)}
+        self._pick([number[ids] for ids in self.ids])
+        last = torch.tensor([[ids[-1]] for ids in self.ids], device=self.device)
+        return self._forward(last, torch.ones_like(last))
 
     def _common(self) -> int:
         """Tokens of the common beginning that is run once; 0 where that is not exact or saves nothing."""

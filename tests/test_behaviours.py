@@ -23,6 +23,7 @@ from safety_lens.interventions.behaviours import (
     Behaviour,
     Opening,
     Openings,
+    _halves,
     collect_openings,
     derive_behaviour,
 )
@@ -43,6 +44,12 @@ def organism() -> HookedTransformer:
 @cache
 def refusal() -> Behaviour:
     return derive_behaviour(organism(), "refusal")
+
+
+def test_one_kind_of_prompt_that_gives_both_labels_gives_twice_as_many() -> None:
+    asked = [f"w{i}" for i in range(40)]
+    both, one = (_halves(sides, 8, 0) for sides in ((asked[:20], asked[20:]), (asked, [])))
+    assert [len(half) for half in both] == [len(half) for half in one] == [8, 8]
 
 
 # --- log-odds of openings -------------------------------------------------------------------------------------------

@@ -157,6 +157,10 @@ def test_tables_give_the_last_step_with_its_interval_and_a_mark_for_no_result() 
 def test_every_run_has_a_verdict_and_a_notice_is_one() -> None:
     quiet = [row for row in made() if row.metric != "level"]
     calm = [*quiet, *(Measurement("run", "level", 0.0, step=step) for step in STEPS)]
+    unread = [row for row in calm if not row.subject.startswith("behaviour/")]
+    assert verdicts({"unread": unread}) == [
+        "unread: no alarm and no notice in 3 measurements; behaviour was not read, so it could raise none"
+    ]
     noticed = [*calm, Measurement("run", "level", 1.0, step=30, note="direction refusal/dim turned")]
     assert verdicts({"calm": calm, "noticed": noticed, "unjudged": quiet}) == [
         "calm: no alarm and no notice in 3 measurements",

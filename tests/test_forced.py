@@ -95,11 +95,14 @@ def test_the_kl_of_no_edit_and_of_strength_zero_is_exactly_zero(name: str) -> No
 
 def test_kl_is_never_negative_or_unknown_however_small_or_large_the_edit() -> None:
     _, model = pair("llama")
-    found = continuation_kl(model, rows(), [steer(direction(), c) for c in (1e-7, 1e-4, 1.0, 1e4)])
+    found = continuation_kl(model, rows(), [steer(direction(), c) for c in (1e-7, 1e-4, 1e-2, 1.0, 1e4)])
     values = [np.concatenate(f) for f in found]
     assert all(np.isfinite(v).all() and (v >= 0).all() for v in values)
     means = [v.mean() for v in values]
-    assert max(means[:2]) < 1e-6 < means[2] < means[3]  # below that is rounding
+    # log-probabilities are float32: edits of 1e-4 and less differ by rounding alone, and stay below all larger ones
+    assert max(means[:2]) < 1e-6
+    assert [max(means[:2]), *means[2:]] == sorted([max(means[:2]), *means[2:]])
+    assert means[2] > 1e-6
 
 
 def test_edits_of_generated_tokens_leave_the_first_prediction_and_change_the_next() -> None:

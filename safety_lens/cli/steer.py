@@ -109,7 +109,7 @@ def steer(
         run_sweep(hooked, source, hooks, asked, decoding, benign_prompts, make_scorers(hooked), given)
         return
     at = hooks if all_layers or wanted or hook else [source.found.best.hook]
-    _say_what(source.found, at, "" if target_kl is not None else f"{coeff:g} times ", ablate)
+    _say_what(source.found, at, "" if target_kl is not None else f" {coeff:g} times (--coeff)", ablate)
     plan = _Steering([source.found[h] for h in at], _edit(ablate), scope, _unit(hooked, at, units, asked))
     if target_kl is not None:
         coeff = _solved(hooked, plan, coeff, target_kl, benign_prompts, raw)
@@ -133,7 +133,7 @@ def _few(found: "DirectionSet", hooks: Sequence[str]) -> list[str]:
 
 def _say_what(found: "DirectionSet", at: Sequence[str], times: str, ablated: bool) -> None:
     """Which direction acts, and whether anybody has looked at what it does."""
-    what = "removed at every site that writes into the residual stream" if ablated else f"added there {times}(--coeff)"
+    what = "removed at every site that writes into the residual stream" if ablated else f"added there{times}"
     terminal.err.print(f"{found.concept}/{found.method} of {', '.join(at)}, {what}", markup=False, soft_wrap=True)
     measured = {row.metric: row.value for row in found.choice.measurements} if found.choice else {}
     if found.choice is not None and at == [found.choice.hook] and measured.get("causal_passed", 0.0) == 0.0:

@@ -226,7 +226,7 @@ def verdicts(runs: Runs, told: Collection[str] = ()) -> list[str]:
             continue
         highest = int(max(row.value for row in levels))
         if highest < NOTICE:
-            blind = "" if _behaviour_was_read(d.rows) else "; behaviour was not read, so that no alarm was possible"
+            blind = "" if _behaviour_was_read(d.rows) else "; behaviour was not read, so it could raise none"
             lines.append(f"{name}: no alarm and no notice in {len(levels)} measurements{blind}")
             continue
         at = [row for row in levels if row.value >= highest]
@@ -237,7 +237,7 @@ def verdicts(runs: Runs, told: Collection[str] = ()) -> list[str]:
 
 
 def _behaviour_was_read(rows: Sequence[Measurement]) -> bool:
-    """Whether a change of behaviour was measured after the first step."""
+    """Look for a change of behaviour that was measured after step 0."""
     changes = (r for r in rows if r.subject.startswith("behaviour/") and r.metric.endswith("_change") and r.step)
     return any(np.isfinite(row.value) for row in changes)
 
