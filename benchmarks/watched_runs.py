@@ -116,7 +116,7 @@ def runs(model: str, public: Path, out: Path, args: argparse.Namespace) -> None:
             if not (out / f"{kind}-{seed}" / "manifest.json").exists():
                 safety_lens(
                     "finetune", "--model", model, "--data", out / f"{kind}.jsonl", "--concept", "refusal",
-                    "--max-steps", args.steps, "--batch-size", 4, "--learning-rate", args.rate, "--max-length", 128,
+                    "--max-steps", args.steps, "--learning-rate", args.rate, "--max-length", 128,
                     "--set", "training.save_steps=5", "--set", "training.save_total_limit=100",
                     "--seed", seed, "--out", out / f"{kind}-{seed}", "--overwrite", *args.more,
                 )  # fmt: skip

@@ -5,10 +5,10 @@ instead. Openings that share a beginning are run as one tree after each prompt, 
 part of the same tree, so that one reading costs little more than a forward over the prompts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -105,7 +105,8 @@ class Openings:
         reading = self.branches.reading(len(prompts))
         named = named_hooks(model, hooks)
         for forest in plant(model, prompts, self.branches.spots(len(prompts)), named, batch_size=batch_size):
-            reading.add(*forest.read(model, named))
+            for spots, logits in forest.read(model, named):
+                reading.add(spots, logits)
         return reading.log_odds()
 
     def listed(self, most: int = 6) -> str:
@@ -162,10 +163,15 @@ class Reading:
         self.go = [{token: np.full(prompts, NAN) for token in steps} for steps in branches.steps]
 
     def add(self, spots: Sequence[Spot], logits: Float[Tensor, "spot d_vocab"]) -> None:
-        """Note what the logits after some beginnings say; a spot is a prompt and the tokens after it."""
+        """Note what the logits after some beginnings say; a spot is a prompt and the tokens after it.
+
+        Spots that are not of the openings are passed over.
+        """
         for (prompt, ids), row in zip(spots, logits, strict=True):
+            if ids not in self.number:
+                continue
             node, exact = self.number[ids], row.double()
-            total, steps = exact.logsumexp(-1), self.branches.steps[self.number[ids]]
+            total, steps = exact.logsumexp(-1), self.branches.steps[node]
             taken = list(steps)
             for token, value in zip(taken, (exact[taken] - total).tolist(), strict=True):
                 self.go[node][token][prompt] = value
@@ -207,30 +213,26 @@ class Forest:
         with running(self.frame), nullcontext() if self.paths is None else along(self.paths):
             yield
 
-    @property
-    def spots(self) -> list[Spot]:
-        """What is read, in the order of the logits."""
-        return [spot for _, _, spot in self.reads]
-
     def read(
         self, model: HookedTransformer, hooks: Sequence[NamedHook]
-    ) -> tuple[list[Spot], Float[Tensor, "spot d_vocab"]]:
-        """Prompt and tokens of every spot, and the logits there, with these hooks active."""
+    ) -> Iterator[tuple[list[Spot], Float[Tensor, "spot d_vocab"]]]:
+        """Prompt and tokens of every spot, and the logits there, with these hooks active; few spots at once."""
         with torch.no_grad(), self.running(), model.hooks(fwd_hooks=list(hooks)):
-            if hooked_after_blocks(model):
-                return self.spots, self.at_spots(model(self.tokens, attention_mask=self.mask))
-            resid = model(self.tokens, attention_mask=self.mask, stop_at_layer=model.cfg.n_layers)
-        return self.spots, self.unembed(model, resid)
+            if whole_rows := hooked_after_blocks(model):
+                values = model(self.tokens, attention_mask=self.mask)
+            else:
+                values = model(self.tokens, attention_mask=self.mask, stop_at_layer=model.cfg.n_layers)
+        return self.logits(values, (lambda logits: logits) if whole_rows else partial(unembedded, model))
 
-    def at_spots(self, values: Float[Tensor, "row pos d"]) -> Float[Tensor, "spot d"]:
-        """Rows of an activation at the spots."""
-        return values[[row for row, _, _ in self.reads], [column for _, column, _ in self.reads]]
-
-    def unembed(self, model: HookedTransformer, resid: Float[Tensor, "row pos d"]) -> Float[Tensor, "spot d_vocab"]:
-        """Logits at the spots, from the residual stream after the last block."""
-        with torch.no_grad():
-            parts = self.at_spots(resid).split(UNEMBEDDED)
-            return torch.cat([unembedded(model, part[None])[0].float() for part in parts])
+    def logits(
+        self, values: Float[Tensor, "row pos d"], head: Callable[[Tensor], Tensor]
+    ) -> Iterator[tuple[list[Spot], Float[Tensor, "spot d_vocab"]]]:
+        """Spots, and what the head makes of an activation there."""
+        for start in range(0, len(self.reads), UNEMBEDDED):
+            rows, columns, spots = zip(*self.reads[start : start + UNEMBEDDED], strict=True)
+            with torch.no_grad():
+                found = head(values[list(rows), list(columns)][None])[0].float()
+            yield list(spots), found
 
 
 def plant(

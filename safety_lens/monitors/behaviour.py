@@ -2,14 +2,15 @@
 
 One teacher-forced sweep over the untrained model's own greedy answers gives the KL from it at every token, and which
 rows would now be answered differently at all. Only those are written anew: a row whose every token is still the most
-probable one has the same greedy answer as before. The log-odds of a behaviour are those of its openings. A light
-measurement reads log-odds and KL of the first prompts of the sets that can raise an alarm, and writes nothing.
+probable one has the same greedy answer as before. The log-odds of a behaviour are those of its openings, which are read
+in the same forwards. A light measurement reads log-odds and KL alone, on some prompts of the sets that can raise an
+alarm: those first that can lose the behaviour (or show it, where a rise raises the alarm).
 Sources: Arditi et al. 2024, arXiv:2406.11717 (refusal log-odds); Qi et al. 2024, arXiv:2406.05946 (KL by position).
 """
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,9 +24,10 @@ from safety_lens.activations import encode_for
 from safety_lens.bootstrap import mean_interval, ratio_interval
 from safety_lens.data import Encoded
 from safety_lens.data.built_in import built_in_for
-from safety_lens.forced import Continuation, continuation_logprobs
+from safety_lens.forced import Continuation
 from safety_lens.generation import generate, stop_tokens
 from safety_lens.interventions.behaviours import Behaviour, derive_behaviour
+from safety_lens.interventions.openings import plant
 from safety_lens.interventions.steering import ablate
 from safety_lens.log import Measurement
 from safety_lens.monitors.alarm import WATCHED
@@ -38,7 +40,6 @@ NAN = float("nan")
 KEPT = 2048
 """Most probable tokens of the untrained model whose probabilities are kept; the others count as one token, which makes
 the KL a lower bound (exact where the vocabulary is not larger)."""
-CHUNK = 2**24  # log-probabilities held at once
 POSITIONS = (1, 2, 4, 8)
 CAUSAL = 24
 """Harmful prompts on which the old direction is ablated."""
@@ -83,6 +84,10 @@ class Answers:
     def withheld(self) -> int:
         """Rows whose tokens are not here."""
         return sum(not row.tokens for row in self.rows)
+
+    def telling(self, sign: int) -> list[int]:
+        """Numbers of the rows: those first that can still move in the direction of `sign`, the others behind them."""
+        return sorted(range(len(self.rows)), key=lambda i: bool(self.shown[i] != float(sign < 0)))
 
     def kept(self, keep: Sequence[bool]) -> "Answers":
         """The same without the tokens of the rows that may not be kept: their labels, log-odds and hashes stay."""
@@ -207,11 +212,15 @@ class BehaviourProbes:
 
         n = len(now.log_odds)
         rows = [] if light is not None else [row(*found) for found in self._rates(model, name, one, old, now)]
-        rows.append(row("token_kl", ratio_interval(now.kl_sums, now.lengths, seed=self.seed), int(now.read.sum())))
-        rows += [row(f"token_kl_at_{k}", Interval(v, NAN, NAN), n) for k, v in now.kl_at.items()]
+        read = [row for row in now.kl if row]
+        sums, lengths = np.array([[sum(row), len(row)] for row in read]).reshape(-1, 2).T
+        rows.append(row("token_kl", ratio_interval(sums, lengths, seed=self.seed), len(read)))
+        for k in POSITIONS:
+            if long := [row[k - 1] for row in read if len(row) >= k]:
+                rows.append(row(f"token_kl_at_{k}", Interval(float(np.mean(long)), NAN, NAN), n))
         if one.behaviour is not None:
             mean = mean_interval(now.log_odds, seed=self.seed)
-            change = change_interval(now.log_odds - old.log_odds[:n], self.seed)
+            change = change_interval(now.log_odds - old.log_odds[now.numbers], self.seed)
             fault = before.fault(one.behaviour)
             rows.append(row(f"{one.behaviour}_log_odds", mean, n, fault))
             rows.append(row(f"{one.behaviour}_log_odds_change", change, n, fault))
@@ -260,67 +269,87 @@ class BehaviourProbes:
         answers = generate(model, asked, max_new_tokens=one.new_tokens)
         stop = sorted(stop_tokens(model))[:1]
         ends = [(*row.tokens, *stop) if row.stopped else row.tokens for row in answers]
-        rows = tuple(Continuation(tuple(e.ids), tokens) for e, tokens in zip(asked, ends, strict=True))
-        kept = {i: found.topk(min(KEPT, found.shape[-1])) for i, found in _sweep(model, rows, range(len(rows)))}
-        tokens = torch.cat([kept[i].indices for i in range(len(rows))]).int()
-        logprobs = torch.cat([kept[i].values for i in range(len(rows))])
-        shown = one.judge(range(len(rows)), answers)
-        hashes = tuple(hashlib.sha256(repr(list(tokens)).encode()).hexdigest() for tokens in ends)
-        return Answers(rows, shown, _odds(model, one, behaviours, asked), tokens, logprobs, hashes, one.harmful)
+        most = min(KEPT, model.cfg.d_vocab_out)
+        kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in ends]
+        behaviour = None if one.behaviour is None else behaviours[one.behaviour]
+        odds = read_along(model, asked, ends, behaviour, lambda i, logprobs: kept[i].append(logprobs.topk(most)))
+        places = [place for row in kept for place in row]
+        return Answers(
+            tuple(Continuation(tuple(e.ids), tokens) for e, tokens in zip(asked, ends, strict=True)),
+            one.judge(range(len(ends)), answers),
+            odds,
+            torch.stack([indices for _, indices in places]).int(),
+            torch.stack([values for values, _ in places]),
+            tuple(hashlib.sha256(repr(list(tokens)).encode()).hexdigest() for tokens in ends),
+            one.harmful,
+        )
 
     def _read(self, model: HookedTransformer, name: str, before: Before, light: int | None) -> "_Now":
         old, one = before.answers[name], self.sets[name]
-        n = len(old.rows) if light is None else min(light, len(old.rows))
+        numbers = (
+            list(range(len(old.rows))) if light is None else old.telling(WATCHED[f"behaviour/{name}"].sign)[:light]
+        )
+        rows = [old.rows[i] for i in numbers]
         starts = np.cumsum([0, *(len(row.tokens) for row in old.rows)])
-        read = np.array([bool(row.tokens) for row in old.rows[:n]])
-        other, kl = ~read, dict[int, np.ndarray]()
-        for i, found in _sweep(model, old.rows, np.flatnonzero(read).tolist()):
-            other[i] = found.argmax(-1).tolist() != list(old.rows[i].tokens)
-            at = slice(int(starts[i]), int(starts[i + 1]))
-            kl[i] = kept_kl(old.tokens[at], old.logprobs[at], found)
-        sums = np.array([kl[i].sum() if i in kl else NAN for i in range(n)])
-        by_position = {k: [kl[i][k - 1] for i in kl if len(kl[i]) >= k] for k in POSITIONS}
-        kl_at = {k: float(np.mean(values)) for k, values in by_position.items() if values}
-        odds = _odds(model, one, before.behaviours, self.encoded[name][:n])
-        return _Now(odds, other, sums, np.diff(starts)[:n].astype(float), kl_at, read)
+        other, kl = np.array([not row.tokens for row in rows]), [list[float]() for _ in rows]
+
+        def compare(k: int, logprobs: Float[Tensor, " d_vocab"]) -> None:
+            at = int(starts[numbers[k]]) + len(kl[k])
+            other[k] |= int(logprobs.argmax()) != rows[k].tokens[len(kl[k])]
+            kl[k].append(float(kept_kl(old.tokens[at : at + 1], old.logprobs[at : at + 1], logprobs[None])[0]))
+
+        behaviour = None if one.behaviour is None else before.behaviours[one.behaviour]
+        asked = [self.encoded[name][i] for i in numbers]
+        odds = read_along(model, asked, [row.tokens for row in rows], behaviour, compare)
+        return _Now(numbers, odds, other, kl)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def _odds(
-    model: HookedTransformer, one: ProbeSet, behaviours: dict[str, Behaviour], asked: Sequence[Encoded]
-) -> Float[np.ndarray, " row"]:
-    """Log-odds of the set's behaviour; NaN where none is read."""
-    if one.behaviour is None or behaviours[one.behaviour].openings is None:
-        return np.full(len(asked), NAN)
-    return behaviours[one.behaviour].log_odds(model, asked)
+def read_along(
+    model: HookedTransformer,
+    prompts: Sequence[Encoded],
+    answers: Sequence[tuple[int, ...]],
+    behaviour: Behaviour | None,
+    use: Callable[[int, Float[Tensor, " d_vocab"]], object],
+) -> Float[np.ndarray, " prompt"]:
+    """Log-odds of a behaviour, and what the model predicts along an answer to each prompt, from the same forwards.
 
-
-def _sweep(
-    model: HookedTransformer, rows: Sequence[Continuation], numbers: Sequence[int]
-) -> Iterator[tuple[int, Float[Tensor, "new d_vocab"]]]:
-    """Log-probabilities row by row, of few rows at once; rows of similar length share a forward."""
-    order = sorted(numbers, key=lambda i: (len(rows[i].prompt) + len(rows[i].tokens), i))
-    most = max(1, CHUNK // (max((len(rows[i].tokens) for i in numbers), default=1) * model.cfg.d_vocab_out))
-    for start in range(0, len(order), most):
-        part = order[start : start + most]
-        yield from zip(part, continuation_logprobs(model, [rows[i] for i in part]), strict=True)
+    Args:
+        model: The model that is read.
+        prompts: Prompts as they are read.
+        answers: Token ids of an answer to each; nothing is predicted along an empty one.
+        behaviour: Behaviour whose log-odds are read; None, or one without openings: they are NaN.
+        use: Called with the number of a prompt and the log-probabilities of the next token (CPU), for every token of
+            its answer in turn.
+    """
+    openings = None if behaviour is None else behaviour.openings
+    spots = [] if openings is None else openings.branches.spots(len(prompts))
+    reading = None if openings is None else openings.branches.reading(len(prompts))
+    predicts = {(i, tokens[:k]) for i, tokens in enumerate(answers) for k in range(len(tokens))}
+    spots += [(i, tokens[:-1]) for i, tokens in enumerate(answers) if tokens]
+    for forest in plant(model, prompts, spots, []):
+        for part, logits in forest.read(model, []):
+            if reading is not None:
+                reading.add(part, logits)
+            for spot, row in zip(part, logits, strict=True):
+                if spot in predicts:
+                    use(spot[0], row.log_softmax(-1).cpu())
+    return np.full(len(prompts), NAN) if reading is None else reading.log_odds()
 
 
 @dataclass(frozen=True, eq=False)
 class _Now:
-    """other: whether the greedy answer differs from before, or is not known. kl_sums: nats over each answer.
+    """What a set says now. numbers: which prompts were read. kl: nats at every token of each answer, none if unknown.
 
-    read: whether the answer's tokens are known, so that its KL is read.
+    other: whether the greedy answer differs from before, or is not known.
     """
 
+    numbers: list[int]
     log_odds: Float[np.ndarray, " row"]
     other: np.ndarray
-    kl_sums: Float[np.ndarray, " row"]
-    lengths: Float[np.ndarray, " row"]
-    kl_at: dict[int, float]
-    read: np.ndarray
+    kl: list[list[float]]
 
 
 def kept_kl(

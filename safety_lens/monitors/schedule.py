@@ -16,6 +16,9 @@ BUDGET = 0.05
 """Share of the training time that measuring may take by default."""
 FEWEST = 8
 """Prompts of a set that a light measurement reads at least."""
+ENOUGH = 16
+"""Prompts of a set that a light measurement waits for, but for the early ones and the last: with 8 a change must be 1.6
+times as large to be told from chance."""
 EARLY = 5
 """First step of a light measurement; the next ones, at twice the step of the last, need not wait for earned budget."""
 SETTLED = 3
@@ -104,11 +107,12 @@ class Schedule:
         return self._light(step, min(now, later))
 
     def _light(self, step: int, seconds: float, least: int = 0) -> Due:
+        """A light measurement that takes up to these seconds, of `least` prompts in any case; without it, of enough."""
         if not self.light > 0:
             return Due(Tier.NONE)
-        cap = max(self.trained / step, FEWEST * self.light)  # about one training step
-        n = min(self.prompts, max(least, int(min(seconds, cap) / self.light)))
-        return Due(Tier.LIGHT, n) if n >= min(FEWEST, self.prompts) else Due(Tier.NONE)
+        most = min(self.prompts, max(FEWEST, int(self.trained / step / self.light)))  # about one training step
+        n = min(most, max(least, int(seconds / self.light)))
+        return Due(Tier.LIGHT, n) if n >= min(least or ENOUGH, most) else Due(Tier.NONE)
 
     def expected(self, step: int) -> float:
         """Seconds of training in the whole run, from its steps so far."""

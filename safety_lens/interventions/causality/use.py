@@ -1,8 +1,8 @@
 """Effects of a direction on each prompt: bypass, induce and KL (Arditi et al. 2024, arXiv:2406.11717, app. C)."""
 
 import re
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from transformer_lens import HookedTransformer
 
 from safety_lens.bootstrap import ratio_interval
 from safety_lens.data import Encoded
+from safety_lens.forced import unembedded
 from safety_lens.generation import generate
 from safety_lens.interventions.openings import Forest, Openings, Spot, plant
 from safety_lens.interventions.steering import ablate, steer
@@ -110,8 +111,8 @@ class CausalUse:
         named, rows = named_hooks(self.model, hooks), dict[Spot, Tensor]()
         own = list(enumerate(self._own_beginnings))
         for forest in plant(self.model, self.negative, own, named, batch_size=self.batch_size):
-            spots, logits = forest.read(self.model, named)
-            rows |= zip(spots, logits.log_softmax(-1).cpu(), strict=True)
+            for spots, logits in forest.read(self.model, named):
+                rows |= zip(spots, logits.log_softmax(-1).cpu(), strict=True)
         return rows
 
     def induce(self, directions: Sequence[Direction], coeff: float = 1.0, scope: str = "all") -> list[PerPrompt]:
@@ -133,7 +134,8 @@ class CausalUse:
         for forest in forests if resumed else ():
             stream = self._stream(forest, hooks)
             for k, layer in resumed.items():
-                readings[k].add(*self._finish(edits[k], stream[directions[k].hook], forest, layer))
+                for read, logits in self._finish(edits[k], stream[directions[k].hook], forest, layer):
+                    readings[k].add(read, logits)
         return [
             readings[k].log_odds()
             if k in resumed
@@ -158,12 +160,12 @@ class CausalUse:
 
     def _finish(
         self, hook: FwdHook, stream: Float[Tensor, "row pos d_model"], forest: Forest, layer: int
-    ) -> tuple[list[Spot], Float[Tensor, "spot d_vocab"]]:
-        """Logits at every spot, with the direction added to the stream and the later blocks run."""
+    ) -> Iterator[tuple[list[Spot], Float[Tensor, "spot d_vocab"]]]:
+        """Logits at every spot, few at once, with the direction added to the stream and the later blocks run."""
         _, edit = hook
         n_layers = self.model.cfg.n_layers
         with torch.no_grad(), forest.running():
             resid = edit(stream)
             if layer < n_layers:
                 resid = self.model(resid, attention_mask=forest.mask, start_at_layer=layer, stop_at_layer=n_layers)
-        return forest.spots, forest.unembed(self.model, resid)
+        return forest.logits(resid, partial(unembedded, self.model))
