@@ -23,6 +23,7 @@ from safety_lens.interventions.behaviours import (
     Behaviour,
     Opening,
     Openings,
+    Unreadable,
     _halves,
     collect_openings,
     derive_behaviour,
@@ -31,6 +32,7 @@ from safety_lens.interventions.openings import Branches
 from safety_lens.interventions.scorers.completion import Completion
 from safety_lens.interventions.steering import ablate, steer
 from safety_lens.models import load_model
+from safety_lens.monitors.behaviour import read_along
 from safety_lens.probes.directions import Direction
 
 FOUR = Openings((Opening((5, 6, 7, 8)), Opening((5, 6, 9)), Opening((11,)), Opening((5, 6, 7, 10, 12))))
@@ -87,6 +89,26 @@ def test_log_odds_equal_teacher_forcing_with_and_without_edits(name: str, turned
             logs = continuation_logprobs(model, rows, hooks=hooks)
             p += [np.exp(float(x.double()[range(len(opening.ids)), list(opening.ids)].sum())) for x in logs]
         np.testing.assert_allclose(FOUR.log_odds(model, prompts, hooks), np.log(p) - np.log1p(-p), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", list(zoo.ARCHITECTURES))
+def test_log_odds_and_predictions_along_answers_are_read_in_the_same_forwards(name: str) -> None:
+    model = load_model(zoo.make(name), tokenizer=zoo.tokenizer(), check=False)
+    g = torch.Generator().manual_seed(0)
+    prompts = encode_for(model, ["w1 w2 w3 " + synthetic.words(g, n) for n in (5, 19, 11)])
+    answers: list[tuple[int, ...]] = [(5, 6, 7, 8, 9, 11), (), (20, 21)]  # one that goes on behind an opening
+    seen: list[list[torch.Tensor]] = [[], [], []]
+    behaviour = Behaviour("b", Unreadable(), FOUR)
+    odds = read_along(model, prompts, answers, behaviour, lambda i, logprobs: seen[i].append(logprobs))
+    np.testing.assert_allclose(odds, FOUR.log_odds(model, prompts), atol=2e-5)
+    assert [len(rows) for rows in seen] == [6, 0, 2]
+    for i in (0, 2):
+        [alone] = continuation_logprobs(model, [Continuation(tuple(prompts[i].ids), answers[i])])
+        torch.testing.assert_close(torch.stack(seen[i]), alone, atol=2e-5, rtol=0)
+    again: list[torch.Tensor] = []
+    none = read_along(model, prompts, answers, None, lambda i, logprobs: again.append(logprobs))
+    assert np.isnan(none).all()
+    assert len(again) == 8
 
 
 def test_log_odds_equal_those_of_transformers() -> None:

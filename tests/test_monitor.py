@@ -16,11 +16,12 @@ from watched import PAIRS, PROBES, adapted, tiny_concepts, trainer
 from safety_lens.data import Concept
 from safety_lens.data.built_in import is_organism
 from safety_lens.errors import ArtifactError, DataError, ModelError, ModelMismatchError
+from safety_lens.forced import Continuation
 from safety_lens.log import Measurement
 from safety_lens.models import load_hf, load_model
 from safety_lens.monitors import Monitor, MonitorCallback, Pairs, Probes, StopRule
 from safety_lens.monitors.baseline import Baseline
-from safety_lens.monitors.behaviour import kept_kl
+from safety_lens.monitors.behaviour import Answers, kept_kl
 from safety_lens.probes import extract_directions
 
 KNOWN = ("cosine_to_baseline", "cosine_cv", "retained_signal")
@@ -320,6 +321,37 @@ def test_a_light_measurement_reads_the_same_log_odds_as_a_full_one_and_writes_no
     assert not [metric for _, metric in light if "rate" in metric]
     few = {(r.subject, r.metric): r for r in watching.measure(40, light=8)}
     assert few["behaviour/harmful", "refusal_log_odds"].n == 8
+
+
+def test_prompts_that_can_lose_the_behaviour_are_read_first_or_those_that_can_show_it() -> None:
+    rows = tuple(Continuation((1,), (2,)) for _ in range(5))
+    shown = np.array([0.0, 1.0, np.nan, 1.0, 0.0])
+    answers = Answers(rows, shown, np.zeros(5), torch.zeros(5, 1).int(), torch.zeros(5, 1), ("",) * 5)
+    assert answers.telling(-1) == [1, 3, 0, 2, 4]
+    assert answers.telling(1) == [0, 4, 1, 2, 3]
+
+
+def test_the_change_of_few_prompts_is_taken_from_their_own_log_odds_before(
+    fallen: tuple[MonitorCallback, Any],
+) -> None:
+    run = fallen[1]
+    watching = Monitor(
+        run.model, ["refusal"], tokenizer=run.processing_class, probes=Probes(n=16, facts=8), pairs=Pairs(16, 12)
+    )
+    folder = Path(run.args.output_dir) / "drift-baseline"
+    watching.baseline(folder, resumed=True)
+    before = Baseline.load(folder).before
+    assert before is not None
+    answers = before.answers["harmful"]
+    # of the last prompts alone the answers show the behaviour, so these are the ones to read
+    odd = replace(answers, shown=np.arange(16) >= 12)
+    probes = watching._behaviour
+    assert probes is not None
+    found = probes.measure(watching.model, replace(before, answers={**before.answers, "harmful": odd}), 40, 4)
+    rows = {r.metric: r for r in found.rows if r.subject == "behaviour/harmful"}
+    now = before.behaviours["refusal"].log_odds(watching.model, probes.encoded["harmful"][12:])
+    assert rows["refusal_log_odds"].value == pytest.approx(now.mean(), abs=1e-3)
+    assert rows["refusal_log_odds_change"].value == pytest.approx((now - answers.log_odds[12:]).mean(), abs=1e-3)
 
 
 # --- bad inputs -----------------------------------------------------------------------------------------------------

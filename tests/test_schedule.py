@@ -73,6 +73,17 @@ def test_early_steps_are_measured_from_what_the_whole_run_will_earn() -> None:
     assert one.spent <= 0.05 * one.trained
 
 
+def test_a_light_measurement_in_between_waits_until_it_can_read_enough_prompts() -> None:
+    one = schedule(steps=200, full=157.0, light=0.2, prompts=48)
+    found = dict(lived(one, step_seconds=3.3))
+    assert [found[step].prompts for step in (5, 10, 20, 40)] == [8, 8, 8, 8]
+    between = [due.prompts for step, due in found.items() if 40 < step < 200]
+    assert len(between) > 3
+    assert set(between) == {16}
+    few = dict(lived(schedule(steps=200, full=157.0, light=0.2, prompts=5), step_seconds=3.3))
+    assert {due.prompts for due in few.values()} == {5}
+
+
 @pytest.mark.parametrize("every", [5, 10, 50, 200, 1000])
 @pytest.mark.parametrize("steps", [3, 40, 100, 400])
 def test_there_are_never_more_measurements_than_the_false_alarms_are_budgeted_for(every: int, steps: int) -> None:

@@ -133,6 +133,7 @@ def _causal(behaviour: str | None, max_kl: float, draws: int, seed: int, reading
     from safety_lens.interventions.causality.limits import Limits
     from safety_lens.interventions.causality.selector import causal_selector
 
+    terminal.show_log("safety_lens.causality")
     return causal_selector(behaviour, limits=Limits(max_kl=max_kl, draws=draws), seed=seed, **reading)
 
 

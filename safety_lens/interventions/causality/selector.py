@@ -5,6 +5,7 @@ each candidate is ablated where the model shows the behaviour (bypass), added wh
 for what its ablation changes there (KL), as Arditi et al. 2024 choose the refusal direction.
 """
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from safety_lens.probes.selection import PREFERRED_DEPTH, Candidates, Choice, by
 from safety_lens.stats import UNKNOWN, Interval
 from safety_lens.types import Prompt
 
+LOG = logging.getLogger("safety_lens.causality")
 NAN = float("nan")
 STANDARD = Limits()
 FEW_HOOKS = 12
@@ -40,6 +42,13 @@ FILL = 16
 """Training prompts that are labelled at once where selection prompts are too few."""
 TOGETHER = 12
 """Draws that are measured together, so that the unedited blocks before their hook run once for all of them."""
+PARTS = {
+    "derivation": "the model answers requests, to see with which openings it shows the behaviour",
+    "search": "hooks are ablated and added, few prompts first",
+    "controls": "random and shuffled directions at the chosen hook",
+    "report": "answers to reporting prompts, with and without the direction",
+}
+"""What is timed on its own."""
 LEAST = 2
 """Prompts of a side without which nothing is measured."""
 
@@ -86,7 +95,7 @@ class CausalSelector:
 
     Attributes:
         behaviours: Concept → the behaviour that was read.
-        seconds: CPU seconds of "derivation", "search", "controls" and "report".
+        seconds: CPU seconds of each of `PARTS`.
     """
 
     wanted: Behaviour | str | None
@@ -145,8 +154,10 @@ class CausalSelector:
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Add the CPU seconds of a block to a part."""
+        """Add the CPU seconds of a block to a part; the log says when a part begins."""
         start = time.process_time()
+        if part not in self.seconds:
+            LOG.info("causal choice: %s", PARTS[part])
         try:
             yield
         finally:
