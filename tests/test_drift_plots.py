@@ -31,6 +31,7 @@ FAULT = "before training this direction did not tell held-out pairs apart: AUROC
 def made(speed: float = 0.1, probed: bool = True) -> list[Measurement]:
     """Rows as the monitor writes them: refusal turns by `speed` a measurement, more in deeper blocks."""
     rows = [Measurement("run", "headline", 1.0, hook=HOOKS[2], step=0)]
+    rows += [Measurement(name, "notice_below", limit, step=0) for name, limit in (("run", 0.95), ("lies", 0.9))]
     rows += [Measurement("run", "common", 1.0, hook=hook, step=0) for hook in HOOKS[1:3]]
     for k, step in enumerate(STEPS):
         for depth, hook in enumerate(HOOKS, 1):
@@ -44,7 +45,7 @@ def made(speed: float = 0.1, probed: bool = True) -> list[Measurement]:
                 rows += [cv, Measurement(f"{name}/dim", "direction_norm", 8.0 - 2 * k, **at)]
                 rows.append(Measurement(f"{name}/dim", "auroc_fixed", 0.9, 0.8, 0.95, **at))
                 if step == 0:
-                    rows.append(Measurement(f"{name}/dim", "noise_floor", 0.92, **at))
+                    rows.append(Measurement(f"{name}/dim", "reliability", 0.81, 0.72, 0.88, **at))
         if probed:
             for name, sign in (("harmful", -1), ("harmless", 1)):
                 odds = 5.0 + sign * 2 * k
@@ -70,7 +71,7 @@ def test_curves_are_the_rows_in_the_order_of_the_steps() -> None:
     curve = d.curve("refusal/dim", "cosine_to_baseline", HOOKS[3])
     assert curve[:, 0].tolist() == pytest.approx([1.0, 0.9, 0.8])
     assert np.isnan(d.curve("refusal/dim", "retained_signal", HOOKS[3])).all()
-    assert d.floor("refusal/dim", HOOKS[1]) == 0.92
+    assert [d.notice(name) for name in ("refusal/dim", "lies/dim")] == [0.95, 0.9]
 
 
 def test_a_baseline_that_is_no_result_is_known_as_one_and_an_interval_that_failed_hides_the_value() -> None:
@@ -81,14 +82,16 @@ def test_a_baseline_that_is_no_result_is_known_as_one_and_an_interval_that_faile
     assert d.known("refusal/dim", "cosine_cv", 20, HOOKS[2]).value == pytest.approx(1.35)
 
 
-def test_the_cosine_figure_draws_curve_interval_floor_and_marks_faults() -> None:
+def test_the_cosine_figure_draws_both_curves_and_where_a_notice_begins_and_marks_faults() -> None:
     figure = drift_plots.cosine_drift(made())
     panels = {axes.get_ylabel() or i: axes for i, axes in enumerate(figure.axes)}
     assert len(figure.axes) == 2 * 2, "a row a concept, a column a common hook"
     refusal = panels["refusal/dim"]
     assert refusal.lines[0].get_ydata().tolist() == pytest.approx([1.0, 0.95, 0.9])
-    floor = next(p for p in refusal.patches if p.get_label().startswith("re-drawn pairs"))
-    assert (floor.get_y(), floor.get_y() + floor.get_height()) == pytest.approx((0.92, 1.0))
+    assert refusal.lines[1].get_ydata().tolist() == pytest.approx([1.5, 1.45, 1.4]), "corrected for noise"
+    limits = {axes: next(x for x in axes.lines if x.get_label().startswith("notice")) for axes in figure.axes}
+    assert limits[refusal].get_ydata()[0] == 0.95
+    assert limits[panels["lies/dim"]].get_ydata()[0] == 0.9
     assert any("no result" in t.get_text() for t in panels["lies/dim"].texts)
     assert not any("no result" in t.get_text() for t in refusal.texts)
     low, high = refusal.get_ylim()

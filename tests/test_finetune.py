@@ -546,9 +546,10 @@ def test_on_a_real_model_the_happy_sad_direction_drifts_a_little_with_an_interva
         )
     )
     rows = {(r.metric, r.step): r for r in result.measurements if r.hook == "blocks.3.hook_resid_post"}
-    cosine, floor = rows["cosine_to_baseline", 40], rows["noise_floor", 0]
+    cosine, reliable = rows["cosine_to_baseline", 40], rows["reliability", 0]
     assert rows["cosine_to_baseline", 0].value == pytest.approx(1.0, abs=1e-12)
-    assert floor.value < cosine.low <= cosine.value <= cosine.high < 1 - 1e-4
+    assert reliable.low < reliable.value < cosine.value, "the same pairs before and now agree more than other pairs"
+    assert cosine.low <= cosine.value <= cosine.high < 1 - 1e-4
     assert rows["auroc_fixed", 40].low > 0.5
     losses = values(result, "loss")
     assert sum(losses[-5:]) < sum(losses[:5])

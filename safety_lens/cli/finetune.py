@@ -39,6 +39,7 @@ FLAGS = {
     "probe_harmful": "monitor.probes.harmful",
     "probe_harmless": "monitor.probes.harmless",
     "watch": "monitor.groups",
+    "control_runs": "monitor.control_runs",
     "on_alarm": "monitor.on_alarm",
     "seed": "seed",
     "device": "device",
@@ -101,6 +102,10 @@ def finetune(
     watch: Annotated[
         list[str] | None,
         typer.Option(help="Neuron groups whose weights the monitor watches too: FOLDER:GROUP; repeatable."),
+    ] = None,
+    control_runs: Annotated[
+        list[Path] | None,
+        typer.Option(help="Harmless run of the same steps and rate; five or more judge whether a direction turned."),
     ] = None,
     on_alarm: Annotated[list[str] | None, typer.Option(help="log, checkpoint, stop, reduce_lr; repeatable.")] = None,
     change: Annotated[

@@ -245,8 +245,9 @@ class MonitorCallback(TrainerCallback):
         self.schedule.replay(log.rows, step)
         self._alarmed = self.rule.verdict.level is Level.ALARM
         if not log.rows:
-            log.append(baseline.rows)
-            self._report(args, state, control, baseline.rows, parts)
+            rows = [*baseline.rows, *self.rule.notice_rows()]
+            log.append(rows)
+            self._report(args, state, control, rows, parts)
         return self.rule.verdict
 
     def _settle(self, baseline: Baseline) -> None:
@@ -263,6 +264,8 @@ class MonitorCallback(TrainerCallback):
         ]
         if watched:
             LOG.info(self.rule.plan(self.schedule.most, len(watched)))
+        if self.rule.controls is not None:
+            LOG.info(self.rule.controls.line())
 
     def _path(self, args: TrainingArguments) -> Path:
         bare = self._log_name.parent == Path()

@@ -17,7 +17,7 @@ from safety_lens.log import Measurement, read_measurements
 
 HEADLINE = (
     *("cosine_to_baseline", "cosine_cv", "auroc_fixed", "auroc_current", "direction_norm", "retained_signal"),
-    *("d_prime_fixed", "d_prime_current", "balanced_accuracy", "noise_floor"),
+    *("d_prime_fixed", "d_prime_current", "balanced_accuracy", "reliability"),
 )
 
 

@@ -160,12 +160,10 @@ def profile(now: Now) -> list[Measurement]:
         sizes = _lengths(now.place.vectors, now.vectors)
     unknown = None if linear else f"intervals and the corrected cosine are defined for {', '.join(LINEAR)}"
     rows = now.rows("cosine_to_baseline", plain, note=unknown) + now.rows("cosine_cv", corrected, note=unknown)
-    rows += now.rows("reliability", points(measures.reliability(g.now, now.place.apart)))
+    rows += now.rows("reliability", measures.reliability(g.now, now.place.apart, seed=now.seed))
     rows += now.rows("direction_norm", points(sizes.norm))
     rows += now.rows("retained_signal", points(sizes.retained))
     rows += now.rows("orthogonal_growth", points(sizes.growth))
-    if now.step == 0:
-        rows += now.rows("noise_floor", points(measures.noise_floor(g.base, repeats=REPEATS, seed=now.seed)))
     return rows
 
 

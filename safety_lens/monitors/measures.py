@@ -114,26 +114,50 @@ def bca(
     return ends[0], ends[1]
 
 
-def noise_floor(base: Float[np.ndarray, "hook n n"], *, repeats: int = 1000, seed: int = 0) -> np.ndarray:
-    """The cosine that 95 % of re-extractions on resampled pairs keep with the direction: [hook].
+SPLITS = 50
+"""Splits into halves that reliability is averaged over."""
 
-    Taken on one model: how far a direction moves for no other reason than the choice of pairs.
+
+def reliability(
+    gram: Float[np.ndarray, "hook n n"], apart: Bool[np.ndarray, "n n"], *, confidence: float = 0.95, seed: int = 0
+) -> Limits:
+    """Expected cosine of two directions from two disjoint samples of as many pairs each (M2), in [-1, 1].
+
+    From one sample: the mean cosine r of directions from two halves of the templates (pairs where unknown), over random
+    splits; for samples of full size 2r/(1 + r) (Spearman and Brown), plus what the spread of r takes off that concave
+    curve. Limits by the jackknife over templates, Student's t. For isotropic noise the expectation is
+    1 / (1 + d(1/n₊ + 1/n₋)/d'²). NaN for fewer than four templates or pairs, or without a direction.
     """
-    n = base.shape[-1]
-    w, whole = counts(n, repeats, seed), np.ones((repeats, n))
-    norms = np.sqrt(_form(base, w, w).clip(0) * _form(base, whole, whole).clip(0))
-    found: np.ndarray = np.quantile(_ratio(_form(base, whole, w), norms), 0.05, axis=1)  # NaN without a direction
+    n = gram.shape[-1]
+    template = (~apart).argmax(1)
+    templates = np.unique(template)
+    m = len(templates)
+    if m < FEWEST_TEMPLATES:
+        return Limits(*np.full((3, len(gram)), NAN))
+    rng = np.random.default_rng(seed)
+    half = np.array([np.isin(template, rng.permutation(templates)[: m // 2]) for _ in range(SPLITS)], dtype=float)
+
+    def r(kept: Float[np.ndarray, " n"]) -> Float[np.ndarray, " hook"]:
+        a, b = half * kept, (1 - half) * kept
+        norms = np.sqrt(_form(gram, a, a).clip(0) * _form(gram, b, b).clip(0))
+        found: np.ndarray = _ratio(_form(gram, a, b), norms).mean(1)
+        return found
+
+    value, left_out = r(np.ones(n)), np.stack([r((template != t).astype(float)) for t in templates], 1)
+    variance = (m - 1) / m * ((left_out - left_out.mean(1, keepdims=True)) ** 2).sum(1)
+    off = np.sqrt(variance) * special.stdtrit(m - 1, (1 + confidence) / 2)
+    low, high = (_whole_size((value + sign * off).clip(LEAST, 1.0)) for sign in (-1, 1))
+    return Limits((_whole_size(value.clip(LEAST)) + 2 * variance / (1 + value.clip(LEAST)) ** 3).clip(-1, 1), low, high)
+
+
+LEAST = -1 / 3
+"""Mean cosine of halves below which Spearman and Brown's 2r/(1 + r) would leave [-1, 1]."""
+
+
+def _whole_size(r: Float[np.ndarray, " hook"]) -> Float[np.ndarray, " hook"]:
+    """Cosine for samples of full size from that of halves (Spearman and Brown)."""
+    found: np.ndarray = 2 * r / (1 + r)
     return found
-
-
-def reliability(gram: Float[np.ndarray, "hook n n"], apart: Bool[np.ndarray, "n n"]) -> Float[np.ndarray, " hook"]:
-    """Expected cosine of two independent estimates from as many pairs each (M2), in [0, 1] up to noise.
-
-    The part of the squared length that different pairs agree on: what averaging Spearman and Brown's 2r/(1 + r) over
-    all half splits tends to. For isotropic noise 1 / (1 + d(1/n₊ + 1/n₋)/d'²).
-    """
-    one = np.ones((1, gram.shape[-1]))
-    return _ratio(_unbiased(gram, one, apart)[:, 0], _form(gram, one, one)[:, 0] / gram.shape[-1] ** 2)
 
 
 # --- M3: cross-validated cosine -------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def measure_saved(
     for line in {rules[name].plan(len(states), len(watched)) for name, states in found.items()} if watched else ():
         on_line(line)
     against = _Base(hf, first, baseline, {c.name: _gaps(first, c) for c in first.concepts}, settings, rules)
-    rows = {name: [*baseline.rows] for name in found}
+    rows = {name: [*baseline.rows, *rules[name].notice_rows()] for name in found}
     ordered = [(name, step, state) for name, states in found.items() for step, state in _ordered(states)]
     for name, step, state in ordered:
         if state.step is None:

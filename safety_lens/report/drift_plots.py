@@ -28,15 +28,13 @@ METRICS = (
 )
 """Rows of the metric heat map; norms and causal use are divided by their value before training."""
 RELATIVE = ("direction_norm", "causal_use")
-BAND = "re-drawn pairs before training (95 %)"
 
 
 def cosine_drift(rows: Sequence[Measurement], title: str = "") -> "Figure":
     """Cosine of every direction with its baseline over steps: a row of panels a concept, a column a common hook.
 
-    Grey band: from the noise floor, the cosine that 95 % of re-drawn samples of the pairs keep before training, to 1.
-    The curve is paired (the same pairs before and now), so it can leave 1 inside the band: the band shows how well the
-    pairs determine the direction, not whether the direction turned. Dashed: the corrected cosine, where it is known.
+    Coloured: the cosine on the same pairs before and now. Black: the cosine corrected for the noise of estimating both,
+    with its interval, where it is known. Dotted: a notice is given where the whole black interval lies below.
     """
     from matplotlib.figure import Figure
 
@@ -60,13 +58,14 @@ def cosine_drift(rows: Sequence[Measurement], title: str = "") -> "Figure":
 
 
 def _cosine_panel(axes: "Axes", d: Drift, subject: str, hook: str, color: str, style: str) -> None:
-    fault, floor = d.fault(subject, hook), d.floor(subject, hook)
+    fault = d.fault(subject, hook)
     color = GREY if fault else color
-    axes.axhspan(floor, 1, color="black", alpha=0.08, lw=0, label=BAND)
-    _band(axes, d.steps, d.curve(subject, "cosine_to_baseline", hook), color, style, "cosine, 95 % interval")
-    corrected = np.array([d.known(subject, "cosine_cv", t, hook).value for t in d.steps])
-    axes.plot(d.steps, corrected, "--", color="black", lw=1, label="corrected for noise")
+    _band(axes, d.steps, d.curve(subject, "cosine_to_baseline", hook), color, style, "on the same pairs, 95 % interval")
+    corrected = np.array([d.known(subject, "cosine_cv", t, hook) for t in d.steps])
+    _band(axes, d.steps, corrected, "black", "--", "corrected for noise, 95 % interval")
     axes.axhline(1, color="black", lw=0.6)
+    if np.isfinite(limit := d.notice(subject)):
+        axes.axhline(limit, color="black", lw=0.8, ls=":", label=f"notice: interval below {limit:g}")
     axes.spines[["top", "right"]].set_visible(False)
     if fault:
         axes.text(0.03, 0.05, "no result before training", transform=axes.transAxes, fontsize=7, color=ORANGE)
@@ -205,8 +204,6 @@ def run_comparison(runs: Runs, title: str = "") -> "Figure":
         for (name, d), (color, style) in zip(read.items(), _cycle(len(read)), strict=True):
             _band(axes, d.steps, d.curve(subject, "cosine_to_baseline", d.headline), color, style, name)
         first = next(iter(read.values()))
-        floor = first.floor(subject, first.headline)
-        axes.axhspan(floor, 1, color="black", alpha=0.08, lw=0, label=BAND)
         axes.set_title(
             subject + ("\n(no result before training)" if first.fault(subject, first.headline) else ""), fontsize=9
         )

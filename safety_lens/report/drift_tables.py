@@ -65,9 +65,10 @@ class Drift:
         value = self.get(subject, metric, step, hook)
         return value if np.isfinite(value.low) else Interval(NAN, NAN, NAN)
 
-    def floor(self, subject: str, hook: str | None) -> float:
-        """The cosine that two independent samples of pairs reach before training; NaN where it was not measured."""
-        return self.get(subject, "noise_floor", 0, hook).value
+    def notice(self, subject: str) -> float:
+        """The corrected cosine below which the whole interval must lie for a notice; NaN where the log does not say."""
+        own, common = (self.get(name, "notice_below", 0).value for name in (subject.partition("/")[0], "run"))
+        return own if np.isfinite(own) else common
 
     def last_known(self, subject: str, metric: str) -> Measurement | None:
         """The latest row of a set of prompts whose value is known; None where there is none."""
@@ -94,8 +95,8 @@ def drift_table(runs: Runs) -> WordTable:
     """One row per run and concept at the common headline hook, at the run's last step."""
     hooks = {_hook(Drift(rows).headline) for rows in runs.values()}
     title = f"Directions at {', '.join(sorted(hooks))}, last step (95 % intervals)"
-    columns = ("run", "step", "concept", "cosine to\nbaseline", "lowest of\nall hooks", "noise\nfloor",
-               "cosine,\ncorrected", "AUROC, old\ndirection", "AUROC, new\ndirection")  # fmt: skip
+    columns = ("run", "step", "concept", "cosine to\nbaseline", "lowest of\nall hooks", "cosine,\ncorrected",
+               "reliability\nat step 0", "AUROC, old\ndirection", "AUROC, new\ndirection")  # fmt: skip
     table = WordTable(*columns, title=title)
     for name, rows in runs.items():
         d = Drift(rows)
@@ -106,10 +107,10 @@ def drift_table(runs: Runs) -> WordTable:
                 for metric in ("cosine_to_baseline", "auroc_fixed", "auroc_current")
             )
             corrected = _stacked(d.known(subject, "cosine_cv", d.last, d.headline))
-            floor = number(d.floor(subject, d.headline))
+            reliable = _stacked(d.get(subject, "reliability", 0, d.headline))
             label = Text(subject.replace("/", "\n") + (" !" if faulty else ""))
             lowest = _lowest(d, subject)
-            table.add_row(Text(name), d.label(d.last), label, cosine, lowest, floor, corrected, old, new)
+            table.add_row(Text(name), d.label(d.last), label, cosine, lowest, corrected, reliable, old, new)
     return table
 
 

@@ -5,12 +5,13 @@ from typing import Any
 
 from safety_lens.data import Concept
 from safety_lens.data.prompt_files import read_prompt_file
-from safety_lens.errors import DataError
+from safety_lens.errors import ArtifactError, DataError
 from safety_lens.monitors import Probes
 from safety_lens.monitors.alarm import Limits, StopRule
 from safety_lens.monitors.asking import REQUESTS
 from safety_lens.monitors.callback import MonitorCallback
-from safety_lens.monitors.finetune.config import ProbeFiles, RunConfig, Stop
+from safety_lens.monitors.control_runs import ControlRuns
+from safety_lens.monitors.finetune.config import ProbeFiles, RunConfig, Stop, read_config
 from safety_lens.monitors.finetune.place import LOG
 from safety_lens.monitors.readings import Pairs
 from safety_lens.probes.groups import NeuronGroup
@@ -36,7 +37,7 @@ def monitor_callback(
         log=config.out.absolute() / LOG,
         on_error=chosen.on_error,
         budget=chosen.budget,
-        stop_rule=stop_rule(chosen.stop),
+        stop_rule=stop_rule(chosen.stop, control_runs(config)),
         on_alarm=tuple(chosen.on_alarm),
         groups=groups,
         frozen=frozen,
@@ -60,12 +61,45 @@ def monitor_settings(config: RunConfig, n_layers: int) -> dict[str, Any]:
     }
 
 
-def stop_rule(stop: Stop) -> StopRule:
+def control_runs(config: RunConfig) -> ControlRuns | None:
+    """The control runs that a configuration names, None where it names none.
+
+    Raises:
+        DataError: Too few, or one of other steps, batches, learning rate or adapters than this run.
+        ArtifactError: A folder that is no monitored run.
+    """
+    if not config.monitor.control_runs:
+        return None
+    for folder in config.monitor.control_runs:
+        if not (folder / "config.yaml").is_file():
+            raise ArtifactError(f"{folder} is no run of finetune: it has no config.yaml")
+        other = read_config(folder / "config.yaml", {})
+        for section, keys in ALIKE.items():
+            here, there = getattr(config, section), getattr(other, section)
+            if unlike := [key for key in keys if getattr(here, key) != getattr(there, key)]:
+                raise DataError(
+                    f"control run {folder} has {section}.{unlike[0]} {getattr(there, unlike[0])!r} and this run"
+                    f" {getattr(here, unlike[0])!r}: harmless drift is judged between runs of one kind"
+                )
+    return ControlRuns.read([folder / LOG for folder in config.monitor.control_runs])
+
+
+ALIKE = {
+    "training": ("max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size",
+                 "gradient_accumulation_steps", "lr_scheduler_type", "optim"),
+    "tuning": ("method", "rank", "targets", "layers"),
+}  # fmt: skip
+"""What control runs share with the run that is judged by them."""
+
+
+def stop_rule(stop: Stop, controls: ControlRuns | None = None) -> StopRule:
     """The rule that a configuration describes; a concept's limits fall back on those of all concepts."""
     common = stop.model_dump(exclude={"concepts"})
     own = {name: limits.model_dump(exclude_none=True) for name, limits in stop.concepts.items()}
     shared = {key: common[key] for key in ("log_odds", "rate", "delta")}
-    return StopRule(**common, concepts={name: Limits(**{**shared, **limits}) for name, limits in own.items()})
+    return StopRule(
+        **common, controls=controls, concepts={name: Limits(**{**shared, **limits}) for name, limits in own.items()}
+    )
 
 
 def probes_of(files: ProbeFiles | None) -> Probes | None:
