@@ -19,6 +19,7 @@ from safety_lens.report.drift_tables import (
     drift_table,
     remarks,
     show_runs,
+    unpredicted,
     unseen_changes,
     verdicts,
 )
@@ -155,6 +156,14 @@ def test_tables_give_the_last_step_with_its_interval_and_a_mark_for_no_result() 
     assert verdicts({"mine": made()}) == ["mine: ALARM at step 20: refusals fell"]
     assert verdicts({"mine": made()}, told=["mine"]) == ["mine: ALARM at step 20, and at 1 of 3 measurements"]
     assert len(show_runs({"mine": made(probed=False)})) == 3, "no behaviour table where none was measured"
+
+
+def test_a_turn_that_the_audit_does_not_predict_is_named_and_one_that_it_does_is_not() -> None:
+    at = {"hook": HOOKS[2], "step": 20, "split": "total"}
+    measured = Drift(made()).get("refusal/dim", "cosine_to_baseline", 20, HOOKS[2]).value
+    blind, sound = ([*made(), Measurement("refusal/dim", "predicted_cosine", v, **at)] for v in (1.0, measured + 0.01))
+    [line] = unpredicted({"blind": blind, "sound": sound})
+    assert line.startswith("blind: the weights alone predict a cosine of 1.00 for refusal/dim, and 0.85 was measured")
 
 
 def test_every_run_has_a_verdict_and_a_notice_is_one() -> None:

@@ -24,8 +24,8 @@ def report(
 ) -> None:
     """Draw what was measured, and run no model.
 
-    A sweep: coefficients, layers, both signs, cost, subsets. Drift of one or several runs: directions over steps with
-    their noise floor, behaviour beside them, runs side by side.
+    A sweep: coefficients, layers, both signs, cost, subsets. Drift of one or several runs: directions over steps,
+    behaviour beside them, runs side by side.
     """
     if all(map(drift_source.holds_drift, sources)):
         written = _drift(sources, out, pdf, as_json)

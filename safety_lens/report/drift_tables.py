@@ -165,7 +165,8 @@ def show_runs(runs: Runs, told: Collection[str] = ()) -> list[WordTable | Text]:
     parts: list[WordTable | Text] = [drift_table(runs)]
     if any(row.subject == "behaviour/harmful" for rows in runs.values() for row in rows):
         parts.append(behaviour_table(runs))
-    return [*parts, *(Text(line) for line in (*remarks(runs), *unseen_changes(runs), *verdicts(runs, told)))]
+    lines = (*remarks(runs), *unpredicted(runs), *unseen_changes(runs), *verdicts(runs, told))
+    return [*parts, *map(Text, lines)]
 
 
 AUDITS = (
@@ -173,6 +174,7 @@ AUDITS = (
     ("alignment_read", "alignment_read_random95", "reads it\n(chance)"),
     ("predicted_shift", "predicted_shift_random95", "predicted shift\n(chance, ±)"),
     ("predicted_cosine", None, "predicted\ncosine"),
+    ("cosine_to_baseline", None, "measured\ncosine"),
 )
 """What the audit table shows of a direction: metric, its chance level, heading."""
 
@@ -186,7 +188,11 @@ def audit_table(runs: Runs) -> WordTable | None:
     heads = ("run", "step", "relative\nchange", "intruders\n(random)", "concept", *(head for _, _, head in AUDITS))
     table = WordTable(*heads, title=title)
     for name, rows in runs.items():
-        totals = {(r.subject, r.metric, r.hook, r.step): r.value for r in rows if r.split == "total"}
+        totals = {
+            (r.subject, r.metric, r.hook, r.step): r.value
+            for r in rows
+            if r.split == "total" or r.metric == "cosine_to_baseline"
+        }
         for step in dict.fromkeys(r.step for r in rows if r.metric == "relative_change"):
             change, found, random = (
                 number(totals.get(("run", m, None, step), NAN), digits)
@@ -212,6 +218,28 @@ def _audit_cell(
         return "–"  # no writing matrix changed before this hook: the sum over them is empty
     value = number(totals.get((subject, pair[0], hook, step), NAN))
     return value if pair[1] is None else f"{value} ({number(totals.get((subject, pair[1], hook, step), NAN))})"
+
+
+UNSEEN = 0.02
+"""Difference of predicted and measured cosine above which the audit is said not to see the change."""
+
+
+def unpredicted(runs: Runs) -> list[str]:
+    """One line for each direction whose measured turn the weights alone do not predict, at the headline hook."""
+    lines = []
+    for name, rows in runs.items():
+        d = Drift(rows)
+        for r in rows:
+            if (r.metric, r.hook) != ("predicted_cosine", d.headline) or r.step is None:
+                continue
+            measured = d.get(r.subject, "cosine_to_baseline", r.step, r.hook).value
+            if abs(r.value - measured) > UNSEEN:
+                lines.append(
+                    f"{name}: the weights alone predict a cosine of {r.value:.2f} for {r.subject}, and {measured:.2f}"
+                    " was measured: the prediction takes the inputs of the matrices as unchanged and leaves out attention"
+                    " patterns and gates, so trust the measurement"
+                )
+    return lines
 
 
 def verdicts(runs: Runs, told: Collection[str] = ()) -> list[str]:

@@ -161,8 +161,8 @@ class Monitoring(Section):
     take, as 0.05, 5% or none. concepts: built-in names or files of contrast pairs; none switches the monitor off.
     pairs: how many of their pairs are read. layers: blocks whose resid_post is read, default all. probes: prompts on
     which behaviour is read; false for none. groups: neuron groups whose weights are watched as well, `FOLDER` or
-    `FOLDER:GROUP` of a groups artifact (adapters only). control_runs: folders of five or more
-    harmless runs of the same kind, beside which a notice is given. on_alarm: what happens at an alarm. on_error: "raise" ends the run when a
+    `FOLDER:GROUP` of a groups artifact (adapters only). control_runs: folders of five or more harmless runs of the same
+    kind, beside which a notice is given. on_alarm: what happens at an alarm. on_error: "raise" ends the run when a
     measurement fails, "warn" goes on without it.
     """
 
