@@ -236,8 +236,8 @@ def unpredicted(runs: Runs) -> list[str]:
             if abs(r.value - measured) > UNSEEN:
                 lines.append(
                     f"{name}: the weights alone predict a cosine of {r.value:.2f} for {r.subject}, and {measured:.2f}"
-                    " was measured: the prediction takes the inputs of the matrices as unchanged and leaves out attention"
-                    " patterns and gates, so trust the measurement"
+                    " was measured: the prediction takes the inputs of the matrices as unchanged and leaves out"
+                    " attention patterns and gates, so trust the measurement"
                 )
     return lines
 
