@@ -147,6 +147,29 @@ def test_effects_do_not_depend_on_how_many_prompts_the_first_pass_took() -> None
             assert values(parts, f"{metric}_same")[whole.hook] == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_coefficient_that_is_enough_for_all_prompts_is_not_raised_because_few_ask_for_more() -> None:
+    once, look = (
+        causal_selector(limits=replace(LIGHT, coarse=coarse, finalists=finalists, coeffs=(1.0,)))(candidates())
+        for coarse, finalists in ((64, 3), (3, 0))
+    )
+    few, share = (values(choice, "induce_share")[once.hook] for choice in (look, once))
+    assert few < share, "few prompts by themselves would ask for more"
+    limits = replace(LIGHT, coarse=3, min_induce=(few + share) / 2, coeffs=(1.0, 1.5))
+    choice = causal_selector(limits=limits)(candidates())
+    assert {r.hook: r.coeff for r in choice.measurements if r.metric == "induce"}[once.hook] == 1.0
+
+
+def test_changes_are_of_the_same_prompts_and_the_shares_are_their_part_of_the_way() -> None:
+    choice = causal_selector(limits=LIGHT)(candidates())
+    way = values(choice, "behaviour_positive")[None] - values(choice, "behaviour_negative")[None]
+    for metric, sign in (("bypass", -1), ("induce", 1)):
+        change = values(choice, f"{metric}_change")[choice.hook]
+        assert values(choice, f"{metric}_share")[choice.hook] == pytest.approx(sign * change / way, rel=1e-6)
+        side = "positive" if metric == "bypass" else "negative"
+        level = values(choice, f"behaviour_{side}")[None]
+        assert change == pytest.approx(values(choice, metric)[choice.hook] - level, abs=1e-6)
+
+
 def test_hooks_that_hardly_bypass_are_neither_added_nor_charged_and_it_is_said() -> None:
     choice = causal_selector(limits=replace(LIGHT, min_bypass=10.0))(candidates())
     apart = by_separability(candidates()).hook

@@ -48,7 +48,7 @@ def control_table(choice: "Choice", name: str) -> WordTable | None:
     """Effects of the controls at the hooks where they were drawn; None without controls."""
     rows = choice.measurements
     drawn = [r for r in rows if r.metric.startswith(("bypass_", "induce_")) and r.note and r.hook]
-    drawn = [r for r in drawn if r.metric.endswith(("_same", "_random", "_shuffled", "_concept"))]
+    drawn = [r for r in drawn if r.metric.endswith(("_unedited", "_same", "_random", "_shuffled", "_concept"))]
     if not drawn:
         return None
     table = WordTable("hook", "control", "effect", "log-odds", "p", title=Text(f"{name}: controls of equal length"))

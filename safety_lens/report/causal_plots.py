@@ -19,7 +19,9 @@ CONTROL_MARKS = {"random": ("s", GREY), "shuffled": ("D", GREEN)}
 def causal_sweep(choice: "Choice", *, title: str) -> "Figure | None":
     """Draw bypass, induce and KL at every hook that was measured; None for other selections.
 
-    Hollow marks are hooks of the first pass, on few prompts; filled ones were measured on all selection prompts.
+    Changes are paired: each is of the same prompts with and without the edit, so that hooks of the first pass (hollow
+    marks, few prompts), those measured on all selection prompts (filled) and controls can be compared. Dotted: the
+    distance between the unedited levels of positive and negative prompts, which an edit would have to cover.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -30,14 +32,12 @@ def causal_sweep(choice: "Choice", *, title: str) -> "Figure | None":
         return None
     figure = Figure(figsize=(min(11.0, max(7.0, 0.3 * len(hooks) + 3.5)), 6.6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.4])
-    for side, color, label in (
-        ("positive", BLUE, "positive prompts, unedited"),
-        ("negative", ORANGE, "negative prompts, unedited"),
-    ):
-        level = next(r.value for r in rows if r.metric == f"behaviour_{side}")
-        top.axhline(level, color=color, ls=":", lw=1.2, label=label)
-    _points(top, rows, hooks, "bypass", BLUE, "bypass: positive, direction ablated")
-    _points(top, rows, hooks, "induce", ORANGE, "induce: negative, direction added")
+    positive, negative = (_value(rows, f"behaviour_{side}", None) for side in ("positive", "negative"))
+    for sign, color, label in ((-1, BLUE, "down to the negative prompts"), (1, ORANGE, "up to the positive prompts")):
+        top.axhline(sign * (positive - negative), color=color, ls=":", lw=1.2, label=label)
+    top.axhline(0, color="black", lw=0.6)
+    _points(top, rows, hooks, "bypass_change", BLUE, "bypass: positive, direction ablated")
+    _points(top, rows, hooks, "induce_change", ORANGE, "induce: negative, direction added")
     for kind, (mark, color) in CONTROL_MARKS.items():
         for metric in ("bypass", "induce"):
             for row in (r for r in rows if r.metric == f"{metric}_{kind}" and r.hook in hooks):
@@ -45,9 +45,10 @@ def causal_sweep(choice: "Choice", *, title: str) -> "Figure | None":
                 # the mean of equal values may differ from them in the last digit
                 spread = [[max(0.0, row.value - row.low)], [max(0.0, row.high - row.value)]]
                 label = f"{kind} controls, range" if metric == "bypass" else ""
-                top.errorbar(place, row.value, spread, fmt=mark, color=color, markersize=4, capsize=2, label=label)
+                change = row.value - _value(rows, f"{metric}_unedited", row.hook)
+                top.errorbar(place, change, spread, fmt=mark, color=color, markersize=4, capsize=2, label=label)
     _points(bottom, rows, hooks, "kl", GREEN, "KL")
-    top.set(ylabel="log-odds of the behaviour (nats)")
+    top.set(ylabel="change of the behaviour's log-odds (nats)")
     bottom.set_ylabel("KL (nats)")
     if all(r.value > 0 for r in rows if r.metric == "kl"):  # a KL of exactly 0 has no place on a log scale
         bottom.set_yscale("log")
@@ -65,6 +66,10 @@ def causal_sweep(choice: "Choice", *, title: str) -> "Figure | None":
     first = {label: handle for handle, label in reversed(list(zip(handles, labels, strict=True)))}
     figure.legend(first.values(), first.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
+
+
+def _value(rows: tuple[Measurement, ...], metric: str, hook: str | None) -> float:
+    return next(r.value for r in rows if (r.metric, r.hook) == (metric, hook))
 
 
 def _points(axes: "Axes", rows: tuple[Measurement, ...], hooks: list[str], metric: str, color: str, label: str) -> None:

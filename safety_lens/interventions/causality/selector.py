@@ -38,6 +38,8 @@ NAN = float("nan")
 STANDARD = Limits()
 FEW_HOOKS = 12
 """Hooks up to which the first pass measures all of them; of more it takes every second one, then their neighbours."""
+NEARLY = 0.75
+"""Part of the least induce that is enough on few prompts: they must not ask for a larger coefficient than all do."""
 FILL = 16
 """Training prompts that are labelled at once where selection prompts are too few."""
 TOGETHER = 12
@@ -389,8 +391,8 @@ class _Search:
         return use.induce([self.candidates.directions[hook]], coeff, self.limits.scope)[0]
 
     def _complete(self, hook: str) -> None:
-        """Take the first coefficient that induces enough on few prompts, and measure the remaining prompts."""
-        self._strengthen(hook, self.few)
+        """Take the first coefficient that nearly induces enough on few prompts, and measure the remaining prompts."""
+        self._strengthen(hook, self.few, NEARLY * self.limits.min_induce)
         found, rest = self.found[hook], self.use.part(self.limits.coarse)
         direction = self.candidates.directions[hook]
         if rest.positive:
@@ -399,12 +401,12 @@ class _Search:
             induce = np.concatenate([found.induce, self._added(rest, hook, found.coeff)])
             found = found._replace(induce=induce, kl=np.concatenate([found.kl, rest.kl(direction)]))
         self.found[hook] = found
-        self._strengthen(hook, self.use)
+        self._strengthen(hook, self.use, self.limits.min_induce)
 
-    def _strengthen(self, hook: str, use: CausalUse) -> None:
-        """Raise the coefficient of the addition until it induces enough, or all are tried."""
+    def _strengthen(self, hook: str, use: CausalUse, enough: float) -> None:
+        """Raise the coefficient of the addition until it induces this share of the way, or all are tried."""
         for coeff in self.limits.coeffs[self.limits.coeffs.index(self.found[hook].coeff) + 1 :]:
-            if self._shares(self.found[hook])[1] >= self.limits.min_induce:
+            if self._shares(self.found[hook])[1] >= enough:
                 return
             self.found[hook] = self.found[hook]._replace(induce=self._added(use, hook, coeff), coeff=coeff)
 
@@ -447,12 +449,12 @@ class _Search:
         few, real = self.use.part(stop=self.limits.control_prompts), self.candidates.directions[hook]
         own = self.found[hook]
         mine = (own.bypass[: len(few.positive)].mean(), own.induce[: len(few.negative)].mean())
-        same = (
-            f"the direction itself, on the same {len(few.positive)} positive and {len(few.negative)} negative prompts"
-        )
+        unedited = (few.base_positive.mean(), few.base_negative.mean())
+        on = f"on the same {len(few.positive)} positive and {len(few.negative)} negative prompts"
         rows = [
-            self._row(f"{metric}_same", Interval(value, NAN, NAN), hook, same)
-            for metric, value in zip(("bypass", "induce"), mine, strict=True)
+            self._row(f"{metric}_{kind}", Interval(value, NAN, NAN), hook, f"{what}, {on}")
+            for kind, what, found in (("unedited", "no edit", unedited), ("same", "the direction itself", mine))
+            for metric, value in zip(("bypass", "induce"), found, strict=True)
         ]
         for kind, (make, title) in CONTROLS.items():
             drawn = make(self.candidates, real, self.limits.draws, self.selector.seed)
@@ -523,9 +525,11 @@ class _Search:
                     continue
                 row = self._row(metric, self._mean(values, side), hook, note, len(values))
                 rows.append(replace(row, coeff=effects.coeff) if metric == "induce" else row)
-            for metric, share in zip(("bypass_share", "induce_share"), shares, strict=True):
+            for side, (metric, share) in enumerate(zip(("bypass", "induce"), shares, strict=True)):
                 if np.isfinite(share):
-                    rows.append(self._row(metric, Interval(share, NAN, NAN), hook, note))
+                    change = getattr(effects, metric) - levels[side][: len(getattr(effects, metric))]
+                    rows.append(self._row(f"{metric}_share", Interval(share, NAN, NAN), hook, note))
+                    rows.append(self._row(f"{metric}_change", self._mean(change, side), hook, note, len(change)))
         for hook in self.candidates.directions:
             eligible = Interval(float(hook not in self.out), NAN, NAN)
             rows.append(self._row("causal_eligible", eligible, hook, self.out.get(hook)))
