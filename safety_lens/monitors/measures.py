@@ -121,7 +121,7 @@ SPLITS = 50
 def reliability(
     gram: Float[np.ndarray, "hook n n"], apart: Bool[np.ndarray, "n n"], *, confidence: float = 0.95, seed: int = 0
 ) -> Limits:
-    """Expected cosine of two directions from two disjoint samples of as many pairs each (M2), in [-1, 1].
+    """Expected cosine of two directions from two samples of as many pairs each that share no template (M2), in [-1, 1].
 
     From one sample: the mean cosine r of directions from two halves of the templates (pairs where unknown), over random
     splits; for samples of full size 2r/(1 + r) (Spearman and Brown), plus what the spread of r takes off that concave
