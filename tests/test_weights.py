@@ -95,7 +95,10 @@ def test_a_model_run_with_orthogonalised_weights_equals_the_copy_and_is_then_as_
     parameters, plain = dict(model.named_parameters()), zoo.hooked_logits(model, zoo.ragged())
     with orthogonalized(model, direction()):
         assert torch.equal(zoo.hooked_logits(model, zoo.ragged()), copied)
-        with pytest.raises(ZeroDivisionError), model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", lambda x, hook: 1 / 0)]):
+        with (
+            pytest.raises(ZeroDivisionError),
+            model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", lambda x, hook: 1 / 0)]),
+        ):
             zoo.hooked_logits(model, zoo.ragged())
         assert all(p is parameters[n] for n, p in model.named_parameters())  # outside a forward nothing is changed
     assert not torch.equal(copied, plain)

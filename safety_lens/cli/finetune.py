@@ -124,6 +124,7 @@ def finetune(
     from safety_lens.cli.extract import parse_layers
     from safety_lens.monitors.finetune.config import parse_change, read_config
     from safety_lens.monitors.finetune.early import check_early
+    from safety_lens.monitors.finetune.place import check_room
 
     given = {k: v for k, v in locals().items() if k in FLAGS and v is not None}
     changes: dict[str, Any] = {FLAGS[name]: value for name, value in given.items()}
@@ -132,7 +133,8 @@ def finetune(
     if read_pairs is not None:
         changes["monitor.pairs"] = options.parse_read_pairs(read_pairs)
     chosen = read_config(config, changes | dict(parse_change(text) for text in change or ()))
-    check_early(chosen)  # a typo is known before anything is imported that takes seconds
+    check_early(chosen)  # a mistake is known before anything is imported that takes seconds
+    check_room(chosen, resume=resume, overwrite=overwrite)
     terminal.quiet_libraries()
     if dry_run:
         _announce(chosen, measure, as_json)

@@ -95,7 +95,10 @@ def prepare(config: RunConfig) -> Prepared:
     parse_dtype(config.dtype)
     base = resolve(config.model)
     if base.adapter is not None:
-        raise ModelError(f"{config.model} is an adapter: merge it first, or fine-tune its base {base.base}")
+        raise ModelError(
+            f"{config.model} is an adapter: make a base of it (safety-lens convert {config.model} --out FOLDER) and"
+            f" fine-tune that, or fine-tune the model that it was trained on, {base.base}"
+        )
     data = load_rows(config.data.source, format=config.data.format, limit=config.data.limit, seed=config.seed)
     refuse_boilerplate((text for row in data.examples for text in row.responses), base.base, data.name)
     named = [load_concept(name, model=base.base, seed=config.seed) for name in config.monitor.concepts]
