@@ -36,6 +36,7 @@ FLAGS = {
     "concept": "monitor.concepts",
     "every": "monitor.every",
     "monitor_budget": "monitor.budget",
+    "baseline": "monitor.baseline",
     "probe_harmful": "monitor.probes.harmful",
     "probe_harmless": "monitor.probes.harmless",
     "watch": "monitor.groups",
@@ -96,6 +97,7 @@ def finetune(
     monitor_budget: Annotated[
         str | None, typer.Option(help="Share of the training time that measuring may take, such as 5%, or none.")
     ] = None,
+    baseline: options.BaselineFrom = None,
     probe_harmful: options.ProbeHarmful = None,
     probe_harmless: options.ProbeHarmless = None,
     watch: Annotated[

@@ -101,6 +101,14 @@ ReadPairs = Annotated[
         rich_help_panel=READING,
     ),
 ]
+BaselineFrom = Annotated[
+    Path | None,
+    typer.Option(
+        "--baseline",
+        help="Folder of a measurement before training that runs share: read where one is stored, else stored there.",
+        rich_help_panel=READING,
+    ),
+]
 ProbeHarmful = Annotated[
     Path | None,
     typer.Option(

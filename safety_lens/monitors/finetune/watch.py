@@ -34,6 +34,7 @@ def monitor_callback(
         concepts,
         every=chosen.every,
         log=config.out.absolute() / LOG,
+        baseline=None if chosen.baseline is None else chosen.baseline.absolute(),
         on_error=chosen.on_error,
         budget=chosen.budget,
         stop_rule=stop_rule(chosen.stop),
@@ -56,8 +57,13 @@ def monitor_settings(config: RunConfig, n_layers: int) -> dict[str, Any]:
         "method": chosen.method,
         "pairs": Pairs(**chosen.pairs.model_dump()),
         "probes": probes_of(chosen.probes),
-        "seed": config.seed,
+        "seed": monitor_seed(config),
     }
+
+
+def monitor_seed(config: RunConfig) -> int:
+    """The seed of measurements: the monitor's own, else the run's."""
+    return config.seed if config.monitor.seed is None else config.monitor.seed
 
 
 def stop_rule(stop: Stop) -> StopRule:
