@@ -112,7 +112,10 @@ def finetune(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")] = False,
     measure: Annotated[
-        bool, typer.Option("--measure", help="With --dry-run: estimate from three real steps on the model.")
+        bool,
+        typer.Option(
+            "--measure", help="With --dry-run: estimate from three real steps and one measurement on the model."
+        ),
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, order and splits.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; auto takes the first there is.")] = None,
@@ -163,18 +166,20 @@ def _announce(config: "RunConfig", measure: bool, as_json: bool) -> None:
 def estimate_lines(estimate: "Estimate") -> list[str]:
     """What an estimate says, a line each."""
     memory = ", ".join(f"{name} {_size(size)}" for name, size in estimate.memory.items())
-    return [
+    lines = [
         *(f"! {note}" for note in estimate.notes),
         f"{estimate.steps} steps of {estimate.tokens} tokens; {estimate.trained:,} of {estimate.parameters:,} weights"
         " are trained",
-        f"time: {terminal.duration(estimate.seconds)} without measurements ({estimate.basis})",
-        *(
-            [f"      and {terminal.duration(estimate.watching)} for the monitor"]
-            if estimate.watching == estimate.watching
-            else []
-        ),
-        f"memory: {_size(estimate.peak)} ({memory})",
+        f"time: {terminal.duration(estimate.seconds)} of training ({estimate.basis})",
     ]
+    if estimate.before == estimate.before:
+        total = estimate.seconds + estimate.before + estimate.watching
+        lines += [
+            f"      {terminal.duration(estimate.before)} for the measurement before training,"
+            f" {terminal.duration(estimate.watching)} for {estimate.full} full and {estimate.light} light ones later",
+            f"      {terminal.duration(total)} in all",
+        ]
+    return [*lines, f"memory: {_size(estimate.peak)} ({memory})"]
 
 
 def _size(count: int) -> str:
