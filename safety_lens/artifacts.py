@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 SAMPLE = 65_536  # values of each tensor that enter a fingerprint
 MANIFEST, MEASUREMENTS = "manifest.json", "measurements.jsonl"
+FROZEN = "frozen_entries.safetensors"
+"""Next to an adapter: which entries its update leaves alone, and the sparse matrix that takes the rest of B·A back."""
 UNLISTED = {
     "monitor": ("figures/drift-*.png", "figures/*/drift-*.png"),
     "neuron-drift": ("figures/neurons-*.png", "figures/*/neurons-*.png"),

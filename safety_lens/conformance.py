@@ -52,7 +52,8 @@ class Finding:
 
 
 def gap_between(a: torch.Tensor, b: torch.Tensor) -> Gap:
-    return Gap(float((a - b).abs().max()), float(b.double().pow(2).mean().sqrt()))
+    rms = float(torch.linalg.vector_norm(b, dtype=torch.float64)) / b.numel() ** 0.5
+    return Gap(float((a - b).abs_().max()), rms)
 
 
 def examine(model: HookedTransformer, prompts: Sequence[str] = PROMPTS) -> list[Finding]:

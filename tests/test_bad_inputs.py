@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -310,3 +312,31 @@ def test_prompts_cut_on_request_are_counted_in_the_report(
     code, out, err = run(argv, monkeypatch, capsys)
     assert code == 0, err
     assert "1 prompts were cut to fit the model's context" in out
+
+
+EARLY = {
+    "layers of extract": (["extract", "--concept", "refusal", "--out", "new", "--layers", "3x"], "'3x'"),
+    "layers of monitor": (["monitor", "organism", "new", "--layers", "3-"], "'3-'"),
+    "layers of finetune": (["finetune", "--data", "benign", "--out", "new", "--layers", "3x"], "'3x'"),
+    "positions": (["extract", "--concept", "refusal", "--out", "new", "--positions", "first"], "mean:K"),
+    "directions of doctor": (["doctor", "--directions", "none"], "none is not a folder"),
+    "directions of steer": (["steer", "Hello", "--directions", "none.gguf"], "no file none.gguf"),
+    "directions of page": (["neurons", "page", "--out", "a.html", "--directions", "taken"], "manifest.json"),
+    "folder of extract": (["extract", "--concept", "refusal", "--out", "taken"], "not an artifact"),
+    "folder of finetune": (["finetune", "--data", "benign", "--out", "taken"], "not an artifact"),
+    "folder of a dry run": (["finetune", "--data", "benign", "--out", "taken", "--dry-run"], "not an artifact"),
+    "nothing to resume": (["finetune", "--data", "benign", "--out", "taken", "--resume"], "nothing to resume"),
+}
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_a_mistake_that_needs_no_model_is_named_without_importing_torch(name: str, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "diary.txt").write_text("mine", encoding="utf-8")
+    argv, expected = EARLY[name]
+    code = "import sys; sys.modules['torch'] = None; from safety_lens.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert expected in done.stderr
+    assert (tmp_path / "taken" / "diary.txt").read_text(encoding="utf-8") == "mine"

@@ -202,3 +202,14 @@ def test_doctor_prints_both_tables_as_json_rows_and_takes_a_control_vector(tmp_p
     assert names == [n for n, *_ in CHECKS] + ["single_bos"] + [n for n, *_ in (*EDIT_CHECKS, *WEIGHT_CHECKS)]
     assert all(row["note"].startswith("ok: ") for row in rows)
     assert len(PROMPTS) == 3
+
+
+def test_doctor_ends_with_one_line_that_sums_up() -> None:
+    from safety_lens.cli.doctor import verdict
+
+    nan = float("nan")
+    held, failed = Finding("zero_edit", True, 0.0, 0.0, "held"), Finding("cached_text", False, nan, 1e-4, "broken")
+    idle = Finding("orthogonal_is_ablated", True, nan, nan, "does not apply: norms")
+    assert verdict([held, held], "m") == "fit to be measured: m passes all 2 checks"
+    assert verdict([held, idle], "m").endswith("1 of which cannot be made on it (orthogonal_is_ablated)")
+    assert verdict([held, failed, idle], "m") == "not fit to be measured: m fails 1 of 3 checks (cached_text)"

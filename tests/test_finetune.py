@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
 from typer.testing import CliRunner
 
@@ -23,11 +24,11 @@ from safety_lens.cli import app
 from safety_lens.data.labelled import collate, tokenise
 from safety_lens.data.training import load_rows
 from safety_lens.errors import ArtifactError, DataError, ModelError
-from safety_lens.log import Measurement
+from safety_lens.log import NAN, Measurement
 from safety_lens.models import load_model
 from safety_lens.monitors.drift_log import read_log
 from safety_lens.monitors.finetune.config import RunConfig, differences, known_keys, parse_change, read_config
-from safety_lens.monitors.finetune.estimate import computed, measured
+from safety_lens.monitors.finetune.estimate import Costs, Estimate, _Alive, _with_monitor, computed, measured
 from safety_lens.monitors.finetune.place import claim
 from safety_lens.monitors.finetune.run import RunResult, prepare, run
 from safety_lens.monitors.finetune.training import with_trained_weights
@@ -460,8 +461,42 @@ def test_a_measured_estimate_says_so_and_leaves_nothing_behind(tmp_path: Path) -
     estimate = measured(config(tmp_path / "a", monitor__concepts=["refusal"], monitor__probes=False))
     assert "measured" in estimate.basis
     assert 0 < estimate.seconds < 600
-    assert 0 < estimate.watching < 600
+    assert 0 < estimate.before < 600
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_schedule_of_a_run_is_estimated_from_the_costs_and_a_run_that_is_too_short_is_noted(
+    tmp_path: Path,
+) -> None:
+    known = Estimate(steps=100, tokens=10, parameters=1, trained=1, seconds=100.0, memory={}, basis="computed")
+
+    def planned(costs: Costs, **monitor: object) -> Estimate:
+        return _with_monitor(known, prepare(config(tmp_path / "a", **monitor)), costs)
+
+    free = planned(Costs(7.0, 2.0, NAN, 0), monitor__budget=None, monitor__every=30)
+    assert (free.before, free.full, free.light, free.watching) == (7.0, 4, 0, 8.0)  # at 30, 60, 90 and the last step
+    short = planned(Costs(7.0, 6.0, NAN, 0), monitor__budget=0.05)
+    assert (short.full, short.light, short.watching) == (0, 0, 0.0)
+    assert any("too short for a full measurement" in note for note in short.notes)
+    light = planned(Costs(7.0, 6.0, 0.05, 48), monitor__budget=0.05)
+    assert light.full == 0 < light.light
+    assert light.watching <= 5.0
+    assert not any("too short" in note for note in planned(Costs(7.0, 1.0, 0.01, 48), monitor__budget=0.05).notes)
+
+
+def test_bytes_of_a_step_are_those_of_the_tensors_alive_at_once() -> None:
+    alive = _Alive()
+    with FakeTensorMode(), alive:
+        first = torch.zeros(1000)
+        second = first + 1
+        view = second[:10]
+        del first
+        third = second * 2
+        del second, third
+    assert alive.peak == 2 * 4000
+    assert alive.now == 4000  # the view holds its storage
+    del view
+    assert alive.now == 0
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
@@ -474,7 +509,7 @@ def test_the_command_line_says_what_would_run_and_takes_a_file_with_flags_on_top
     assert done.exit_code == 0, done.output
     assert "max_steps: 9" in done.output
     assert "9 steps of" in done.output
-    assert "computed:" in done.output
+    assert "computed from" in done.output
     said = CliRunner().invoke(app, ["finetune", "--config", str(file), "--dry-run", "--json"])
     assert json.loads(said.stdout)["estimate"]["steps"] == 4
 

@@ -87,6 +87,26 @@ def test_rows_that_are_left_out_are_counted_with_their_lines(tmp_path: Path) -> 
     assert "1 rows without a response are left out (row 2)" in found.notes[1]
 
 
+@pytest.mark.parametrize(
+    ("splits", "used", "note"),
+    [
+        (["train", "heldout", None], [0], "2 rows of other splits than train are left out"),
+        (["heldout", "heldout", "heldout"], [0, 1, 2], "rows that say 'heldout' are trained on"),
+        (["fold-1", None, "dev"], [0, 1, 2], "rows that say 'fold-1' are trained on"),
+        (["test", "heldout", "validation"], [1], "2 rows of other splits than train are left out"),
+        (["dev", None, "dev"], [0, 1, 2], None),
+    ],
+)
+def test_splits_of_other_names_are_trained_on_only_where_no_row_says_train_and_this_is_noted(
+    splits: list[str | None], used: list[int], note: str | None, tmp_path: Path
+) -> None:
+    rows: list[dict[str, object]] = [{"prompt": f"p{i}", "completion": "b", "split": s} for i, s in enumerate(splits)]
+    found = load_rows(write(tmp_path / "a.jsonl", rows))
+    assert [example.line - 1 for example in found.examples] == used
+    assert bool(found.notes) is (note is not None)
+    assert note is None or any(note in text for text in found.notes)
+
+
 def test_a_limit_draws_rows_by_the_seed_and_keeps_the_order_of_the_file() -> None:
     one, other = (load_rows("benign", limit=10, seed=seed) for seed in (0, 1))
     lines = [example.line for example in one.examples]

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainingArguments
 from typer.testing import CliRunner
 from watched import Rows, trainer
 
-from safety_lens.artifacts import load_artifact
+from safety_lens.artifacts import FROZEN, load_artifact
 from safety_lens.cli import app
 from safety_lens.errors import ArtifactError, DataError, ModelError, ModelMismatchError, WeightSyncError
 from safety_lens.folding import LoraFolder, Shadow
@@ -30,7 +30,7 @@ from safety_lens.loading.effective import effective_weight
 from safety_lens.loading.homes import homes
 from safety_lens.loading.hub import put_adapter
 from safety_lens.loading.live import base_model
-from safety_lens.loading.masked import FILE, mask_of, mask_update
+from safety_lens.loading.masked import mask_of, mask_update
 from safety_lens.models import load_hf, load_model
 from safety_lens.monitors.finetune.compared import frozen_and_free
 from safety_lens.monitors.finetune.config import RunConfig, read_config
@@ -390,7 +390,7 @@ def test_the_saved_adapter_reproduces_the_logits_and_goes_on_frozen(
 ) -> None:
     name, model, _ = trained
     model.save_pretrained(tmp_path)
-    assert (tmp_path / FILE).is_file()
+    assert (tmp_path / FROZEN).is_file()
     back, _, _ = put_adapter(zoo.make(name), tmp_path, owned=True)
     assert torch.equal(logits(back), logits(model))
     for key, parameter in back.named_parameters():
@@ -406,7 +406,7 @@ def test_the_saved_adapter_is_plain_lora_plus_a_sparse_delta(
     """From the files alone, as other software would: W' = W0 + s·B·A + sparse."""
     name, model, _ = trained
     model.save_pretrained(tmp_path)
-    factors, sparse = load_file(tmp_path / "adapter_model.safetensors"), load_file(tmp_path / FILE)
+    factors, sparse = load_file(tmp_path / "adapter_model.safetensors"), load_file(tmp_path / FROZEN)
     before, after = effective(adapted(name)), effective(model)
     assert {key.rpartition(".")[0] for key in sparse} == set(after)
     for module, weight in after.items():
@@ -521,14 +521,14 @@ def test_masks_that_do_not_belong_to_the_adapter_beside_them_are_refused(fault: 
     model = adapted("llama")
     train(model, freeze(model, scattered("llama")), steps=2)
     model.save_pretrained(tmp_path)
-    sparse = load_file(tmp_path / FILE)
+    sparse = load_file(tmp_path / FROZEN)
     if fault == "missing":
-        (tmp_path / FILE).unlink()
+        (tmp_path / FROZEN).unlink()
     elif fault == "other factors":
-        save_file({k: v * 1.5 if k.endswith("delta") else v for k, v in sparse.items()}, tmp_path / FILE)
+        save_file({k: v * 1.5 if k.endswith("delta") else v for k, v in sparse.items()}, tmp_path / FROZEN)
     else:
-        save_file({k.replace("q_proj", "p_proj"): v for k, v in sparse.items()}, tmp_path / FILE)
-    with pytest.raises(ModelError, match=FILE):
+        save_file({k.replace("q_proj", "p_proj"): v for k, v in sparse.items()}, tmp_path / FROZEN)
+    with pytest.raises(ModelError, match=FROZEN):
         put_adapter(zoo.make("llama"), tmp_path, owned=True)
 
 
@@ -566,15 +566,15 @@ def test_a_run_keeps_its_groups_frozen_through_a_kill_and_its_folder_loads_as_it
     whole = run(config(tmp_path / "a", [f"{groups}:entries"]))
     with pytest.raises(KeyboardInterrupt):
         run(config(tmp_path / "b", [f"{groups}:entries"]), callbacks=[Killed()])
-    assert (tmp_path / "b" / "checkpoints" / "checkpoint-2" / FILE).is_file()
+    assert (tmp_path / "b" / "checkpoints" / "checkpoint-2" / FROZEN).is_file()
     result = run(config(tmp_path / "b", [f"{groups}:entries"]), resume=True)
-    for name in ("adapter_model.safetensors", FILE):
+    for name in ("adapter_model.safetensors", FROZEN):
         ours, theirs = (load_file(place / name) for place in (result.out, whole.out))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     manifest = load_artifact(whole.out).manifest["frozen"]
     assert manifest["largest_move"] == 0
     assert manifest["entries_by_route"] == {"product": manifest["entries"]}
-    assert FILE in load_artifact(whole.out).manifest["files"]
+    assert FROZEN in load_artifact(whole.out).manifest["files"]
     base, tuned = load_model("organism", check=False), load_model(whole.out)
     (group,) = (g for g in load_groups(groups, base) if g.name == "entries")
     for matrix in matrices_of(base, ["W_Q", "W_V"]):
@@ -700,8 +700,8 @@ def test_the_same_run_free_and_frozen_differs_by_what_is_frozen_alone(groups: Pa
     assert all(torch.equal(free[key], held[key]) for key in free)  # the same first values
     losses = [[r.value for r in results[n].measurements if r.metric == "loss"] for n in ("free", "held")]
     assert losses[0] == losses[1]  # and the same rows
-    assert (results["held"].out / FILE).is_file()
-    assert not (results["free"].out / FILE).exists()
+    assert (results["held"].out / FROZEN).is_file()
+    assert not (results["free"].out / FROZEN).exists()
     with pytest.raises(DataError, match="none of them named 'free'"):
         frozen_and_free(asked, {"free": [f"{groups}:entries"]})
 

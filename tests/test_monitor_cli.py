@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from safety_lens.artifacts import load_artifact
 from safety_lens.cli import app
-from safety_lens.errors import ArtifactError, ModelError
+from safety_lens.errors import ArtifactError, ModelError, ModelMismatchError
 from safety_lens.models import load_hf
 from safety_lens.monitors.drift_log import read_log
 from safety_lens.monitors.finetune.config import read_config
@@ -191,3 +191,31 @@ def test_drift_is_read_from_logs_runs_and_artifacts_alike(watched: Path, tmp_pat
     assert by_run(named) == {"mine": one["compliance"]}
     with pytest.raises(ArtifactError, match="holds no drift"):
         read_runs([tmp_path])
+
+
+def test_runs_and_the_monitor_share_one_stored_baseline_and_name_what_does_not_fit(
+    saved: SavedRun, tmp_path: Path
+) -> None:
+    watch = {"monitor.concepts": ["refusal"], "monitor.layers": [3, 7], "monitor.probes": False, "monitor.budget": None}
+    shared = {**watch, "monitor.baseline": tmp_path / "base", "training.max_steps": 2, "monitor.seed": 0}
+    first, second = (tune(tmp_path / str(seed), **shared, seed=seed) for seed in (0, 1))
+    logs = [read_log(run / "drift.jsonl") for run in (first, second)]
+    start = [[row for row in log if row.step == 0] for log in logs]
+    assert start[0] == start[1]  # its seconds, too: the second run did not measure
+    assert cosines(logs[0]) != cosines(logs[1])
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "base").iterdir())
+    again = measure_saved(
+        "organism", [second], ["refusal"], hooks=lambda n: HOOKS, probes=None, device="cpu", stored=tmp_path / "base"
+    )[0]
+    assert [r for r in again.measurements if r.step == 0 and r.metric == "seconds"] == [
+        r for r in start[0] if r.metric == "seconds"
+    ]
+    then, now = cosines(logs[1]), cosines(again.measurements)
+    assert max(abs(then[at] - now[at]) for at in now) < 1e-6
+    assert before == sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "base").iterdir())
+    with pytest.raises(ModelMismatchError, match="another seed"):
+        tune(tmp_path / "other", **{**shared, "monitor.seed": 1})
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"--baseline: .* is not an artifact; choose another --baseline"):
+        tune(tmp_path / "other", **{**shared, "monitor.baseline": tmp_path / "notes"})

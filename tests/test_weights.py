@@ -15,7 +15,7 @@ from safety_lens.errors import DataError, ModelError, ModelMismatchError
 from safety_lens.generation import generate
 from safety_lens.interventions import weights
 from safety_lens.interventions.steering import ablate, applied, is_writing_site
-from safety_lens.interventions.weights import WRITERS, can_orthogonalize, orthogonalize
+from safety_lens.interventions.weights import WRITERS, can_orthogonalize, orthogonalize, orthogonalized
 from safety_lens.kv import left_padded
 from safety_lens.models import load_model
 from safety_lens.positions import all_tokens
@@ -88,13 +88,22 @@ def test_the_users_model_is_bit_for_bit_what_it_was_and_shares_no_storage(name: 
         assert torch.equal(p, old[n]) is not n.endswith(WRITERS) or not bool(old[n].any()), n
 
 
-def test_with_share_the_weights_are_the_same_and_only_writers_take_memory() -> None:
-    model = load_model(zoo.make("llama_tied"), check=False)
-    own, shared = orthogonalize(model, direction()), orthogonalize(model, direction(), share=True)
-    old, apart = dict(model.named_parameters()), dict(own.named_parameters())
-    for n, p in shared.named_parameters():
-        assert torch.equal(p, apart[n])
-        assert (p.data_ptr() == old[n].data_ptr()) is not n.endswith(WRITERS) or not p.numel(), n
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "neox"])
+def test_a_model_run_with_orthogonalised_weights_equals_the_copy_and_is_then_as_it_was(name: str) -> None:
+    model = load_model(zoo.make(name), check=False)
+    copied = zoo.hooked_logits(orthogonalize(model, direction()), zoo.ragged())
+    parameters, plain = dict(model.named_parameters()), zoo.hooked_logits(model, zoo.ragged())
+    with orthogonalized(model, direction()):
+        assert torch.equal(zoo.hooked_logits(model, zoo.ragged()), copied)
+        with (
+            pytest.raises(ZeroDivisionError),
+            model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", lambda x, hook: 1 / 0)]),
+        ):
+            zoo.hooked_logits(model, zoo.ragged())
+        assert all(p is parameters[n] for n, p in model.named_parameters())  # outside a forward nothing is changed
+    assert not torch.equal(copied, plain)
+    assert torch.equal(zoo.hooked_logits(model, zoo.ragged()), plain)
+    assert list(parameters) == [n for n, _ in model.named_parameters()]
 
 
 def test_a_weight_of_many_rows_is_worked_on_in_blocks_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """`safety-lens doctor`: is this model, as loaded here, fit to be measured?"""
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,11 @@ def doctor(
     model: options.Model = "organism",
     adapter: options.Adapter = None,
     directions: Annotated[
-        Path | None, typer.Option(help="Also check that this artifact (or GGUF control vector) belongs to the model.")
+        Path | None,
+        typer.Option(
+            callback=options.checked_directions,
+            help="Also check that this artifact (or GGUF control vector) belongs to the model.",
+        ),
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -45,8 +50,19 @@ def doctor(
     else:
         _show_environment(str(hooked.cfg.device), str(hooked.cfg.dtype).removeprefix("torch."))
         _show(findings, model)
+        terminal.out.print(verdict(findings, model), markup=False, soft_wrap=True)
     if not all(f.ok for f in findings):
         raise typer.Exit(3)
+
+
+def verdict(findings: "Sequence[Finding]", model: str) -> str:
+    """One line that sums up: whether the model is fit to be measured, and if not, which checks say so."""
+    failed = [f.name for f in findings if not f.ok]
+    if failed:
+        return f"not fit to be measured: {model} fails {len(failed)} of {len(findings)} checks ({', '.join(failed)})"
+    idle = [f.name for f in findings if f.gap != f.gap and f.detail.startswith("does not apply")]
+    apart = f", {len(idle)} of which cannot be made on it ({', '.join(idle)})" if idle else ""
+    return f"fit to be measured: {model} passes all {len(findings)} checks{apart}"
 
 
 def _show_environment(device: str, dtype: str) -> None:
@@ -59,7 +75,7 @@ def _show_environment(device: str, dtype: str) -> None:
     terminal.out.print(f"device {device}, {dtype}, {torch.get_num_threads()} threads")
 
 
-def _show(findings: "list[Finding]", model: str) -> None:
+def _show(findings: "Sequence[Finding]", model: str) -> None:
     from rich.text import Text
 
     from safety_lens.report.whole_words import WordTable

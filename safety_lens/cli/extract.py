@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from safety_lens.artifacts import check_place
 from safety_lens.cli import options, terminal
 from safety_lens.errors import DataError
+from safety_lens.positions import parse_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,12 +39,23 @@ def extract(
     raw: options.Raw = False,
     truncate: options.Truncate = False,
     enable_thinking: options.Thinking = None,
-    min_auroc: Annotated[float | None, typer.Option(help="Exit 3 if a lower AUROC limit is below.")] = None,
-    save_activations: Annotated[list[str] | None, typer.Option(help="Keep rows of hooks matching a pattern.")] = None,
-    activations_dtype: Annotated[str, typer.Option(help="float16 or float32, for --save-activations.")] = "float16",
-    null_repeats: Annotated[int, typer.Option(min=20, help="Refits on shuffled labels behind the null.")] = 100,
+    min_auroc: Annotated[
+        float | None, typer.Option(help="Exit 3 if a lower AUROC limit is below.", rich_help_panel=options.FIT)
+    ] = None,
+    save_activations: Annotated[
+        list[str] | None,
+        typer.Option(help="Keep rows of hooks matching a pattern; repeatable.", rich_help_panel=options.OUTPUT),
+    ] = None,
+    activations_dtype: Annotated[
+        str, typer.Option(help="float16 or float32, for --save-activations.", rich_help_panel=options.OUTPUT)
+    ] = "float16",
+    null_repeats: Annotated[
+        int, typer.Option(min=20, help="Refits on shuffled labels, for the null.", rich_help_panel=options.FIT)
+    ] = 100,
     batch_size: options.BatchSize = None,
-    all_hooks: Annotated[bool, typer.Option("--all-hooks", help="Also print a table of every hook.")] = False,
+    all_hooks: Annotated[
+        bool, typer.Option("--all-hooks", help="Also print a table of every hook.", rich_help_panel=options.OUTPUT)
+    ] = False,
     overwrite: options.Overwrite = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -53,30 +66,29 @@ def extract(
 
     Writes an artifact: directions.safetensors, measurements.jsonl, manifest.json, and plots.
     """
-    from safety_lens.artifacts import check_place
-
-    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items() if k != "check_place"}
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
     check_place(out, "directions", overwrite)
+    wanted_layers, rule = parse_layers(layers), parse_positions(positions)
     concepts = _concepts(concept, pairs, model, seed, raw)
-    wanted_layers = parse_layers(layers)
     _check_behaviour(behaviour, select)
     terminal.quiet_libraries()
 
     from safetensors.torch import save_file
 
     from safety_lens.models import hooks_at, load_model
-    from safety_lens.positions import parse_positions
     from safety_lens.probes.estimators import estimator
     from safety_lens.probes.extract import directions_from
-    from safety_lens.probes.reading import kept_rows
-    from safety_lens.probes.selection import selector
+    from safety_lens.probes.reading import kept_rows, stored_dtype
+    from safety_lens.probes.selection import check_selector, selector
     from safety_lens.probes.store import save_directions
 
     methods = list(dict.fromkeys(method or ["dim"]))
     arguments["method"] = methods
     for name in methods:
         estimator(name)
-    rule = parse_positions(positions)
+    stored_dtype(activations_dtype)
+    if select != "causal":
+        check_selector(select)
     hooked = load_model(model, adapter=adapter, device=device, dtype=dtype)
     hooks = hooks_at(hooked, point, wanted_layers)
     template_kwargs = None if enable_thinking is None else {"enable_thinking": enable_thinking}

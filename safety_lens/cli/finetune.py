@@ -36,6 +36,7 @@ FLAGS = {
     "concept": "monitor.concepts",
     "every": "monitor.every",
     "monitor_budget": "monitor.budget",
+    "baseline": "monitor.baseline",
     "probe_harmful": "monitor.probes.harmful",
     "probe_harmless": "monitor.probes.harmless",
     "watch": "monitor.groups",
@@ -97,6 +98,7 @@ def finetune(
     monitor_budget: Annotated[
         str | None, typer.Option(help="Share of the training time that measuring may take, such as 5%, or none.")
     ] = None,
+    baseline: options.BaselineFrom = None,
     probe_harmful: options.ProbeHarmful = None,
     probe_harmless: options.ProbeHarmless = None,
     watch: Annotated[
@@ -115,7 +117,10 @@ def finetune(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")] = False,
     measure: Annotated[
-        bool, typer.Option("--measure", help="With --dry-run: estimate from three real steps on the model.")
+        bool,
+        typer.Option(
+            "--measure", help="With --dry-run: estimate from three real steps and one measurement on the model."
+        ),
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, order and splits.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; auto takes the first there is.")] = None,
@@ -129,6 +134,7 @@ def finetune(
     from safety_lens.cli.extract import parse_layers
     from safety_lens.monitors.finetune.config import parse_change, read_config
     from safety_lens.monitors.finetune.early import check_early
+    from safety_lens.monitors.finetune.place import check_room
 
     given = {k: v for k, v in locals().items() if k in FLAGS and v is not None}
     changes: dict[str, Any] = {FLAGS[name]: value for name, value in given.items()}
@@ -137,7 +143,8 @@ def finetune(
     if read_pairs is not None:
         changes["monitor.pairs"] = options.parse_read_pairs(read_pairs)
     chosen = read_config(config, changes | dict(parse_change(text) for text in change or ()))
-    check_early(chosen)  # a typo is known before anything is imported that takes seconds
+    check_early(chosen)  # a mistake is known before anything is imported that takes seconds
+    check_room(chosen, resume=resume, overwrite=overwrite)
     terminal.quiet_libraries()
     if dry_run:
         _announce(chosen, measure, as_json)
@@ -164,18 +171,20 @@ def _announce(config: "RunConfig", measure: bool, as_json: bool) -> None:
 def estimate_lines(estimate: "Estimate") -> list[str]:
     """What an estimate says, a line each."""
     memory = ", ".join(f"{name} {_size(size)}" for name, size in estimate.memory.items())
-    return [
+    lines = [
         *(f"! {note}" for note in estimate.notes),
         f"{estimate.steps} steps of {estimate.tokens} tokens; {estimate.trained:,} of {estimate.parameters:,} weights"
         " are trained",
-        f"time: {terminal.duration(estimate.seconds)} without measurements ({estimate.basis})",
-        *(
-            [f"      and {terminal.duration(estimate.watching)} for the monitor"]
-            if estimate.watching == estimate.watching
-            else []
-        ),
-        f"memory: {_size(estimate.peak)} ({memory})",
+        f"time: {terminal.duration(estimate.seconds)} of training ({estimate.basis})",
     ]
+    if estimate.before == estimate.before:
+        total = estimate.seconds + estimate.before + estimate.watching
+        lines += [
+            f"      {terminal.duration(estimate.before)} for the measurement before training,"
+            f" {terminal.duration(estimate.watching)} for {estimate.full} full and {estimate.light} light ones later",
+            f"      {terminal.duration(total)} in all",
+        ]
+    return [*lines, f"memory: {_size(estimate.peak)} ({memory})"]
 
 
 def _size(count: int) -> str:

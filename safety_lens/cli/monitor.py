@@ -33,6 +33,7 @@ def monitor(
     method: Annotated[str, typer.Option(help="dim, whitened, pca, logistic or robust.")] = "dim",
     probes: Annotated[bool, typer.Option("--probes/--no-probes", help="Also measure behaviour.")] = True,
     probe_prompts: Annotated[int, typer.Option(min=2, help="Prompts of each kind that behaviour is read on.")] = 48,
+    baseline: options.BaselineFrom = None,
     probe_harmful: options.ProbeHarmful = None,
     probe_harmless: options.ProbeHarmless = None,
     stop_log_odds: Annotated[
@@ -44,7 +45,10 @@ def monitor(
     stop_delta: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Notice where a corrected cosine is surely below 1 - this.")
     ] = 0.05,
-    out: Annotated[Path | None, typer.Option(help="Folder to write: measurements, manifest, figures.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write: measurements, manifest, figures.", rich_help_panel=options.OUTPUT),
+    ] = None,
     overwrite: options.Overwrite = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -57,9 +61,11 @@ def monitor(
     """
     from safety_lens.artifacts import check_place
     from safety_lens.cli.extract import parse_layers
+    from safety_lens.monitors.finetune.early import check_baseline
 
     if out is not None:
         check_place(out, "monitor", overwrite)
+    check_baseline(baseline)
     wanted = parse_layers(layers)
     pairs = {} if read_pairs is None else options.parse_read_pairs(read_pairs)
     terminal.quiet_libraries()
@@ -80,6 +86,7 @@ def monitor(
         probes=probes_of(files) if probes else None,
         pairs=Pairs(**pairs),
         stop_rule=partial(StopRule, log_odds=stop_log_odds, rate=stop_rate, delta=stop_delta),
+        stored=baseline,
         seed=seed,
         device=device,
         dtype=dtype,
@@ -88,7 +95,12 @@ def monitor(
     )
     if out is not None:
         arguments = {"base": base, "sources": sources, "concepts": [c.name for c in concepts], "method": method}
-        _write(out, runs, {**arguments, "layers": wanted, "probes": probes, "seed": seed}, overwrite)
+        _write(
+            out,
+            runs,
+            {**arguments, "layers": wanted, "probes": probes, "seed": seed, "baseline": baseline and str(baseline)},
+            overwrite,
+        )
     _show(runs, out, as_json)
 
 

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from safety_lens.cli import options
+
 Prompts = Annotated[list[str] | None, typer.Argument(help="One or more prompts.", show_default=False)]
 PromptFile = Annotated[
     Path | None,
@@ -12,7 +14,10 @@ PromptFile = Annotated[
         "--prompts", help="File of prompts: .txt (one a line), or JSONL with prompt, text or instruction, and label."
     ),
 ]
-DirectionsFrom = Annotated[Path | None, typer.Option(help="Artifact written by `extract`; checked against the model.")]
+DirectionsFrom = Annotated[
+    Path | None,
+    typer.Option(callback=options.checked_directions, help="Artifact written by `extract`; checked against the model."),
+]
 Method = Annotated[str, typer.Option(help="With --concept or --pairs: dim, whitened, pca, logistic or robust.")]
 Hook = Annotated[str | None, typer.Option(help="Name of one hook; default is the one chosen at extraction.")]
 AllLayers = Annotated[bool, typer.Option("--all-layers", help="Edit all these hooks at once, with one coefficient.")]

@@ -14,7 +14,7 @@ from typing import Any
 
 from safety_lens.data.concept import read_hub
 from safety_lens.data.render import as_messages
-from safety_lens.data.rows import Row, Table, read_rows
+from safety_lens.data.rows import SPLIT_NAMES, Row, Table, read_rows
 from safety_lens.data.sources import EMPTY_INPUTS
 from safety_lens.errors import DataError
 from safety_lens.organism import DATA_DIR
@@ -84,8 +84,8 @@ class TrainingRows:
 def load_rows(source: str | Path, *, format: str = "auto", limit: int | None = None, seed: int = 0) -> TrainingRows:
     """Read training rows.
 
-    Rows that name a split are used if they say "train"; rows without a response are left out; both are counted in the
-    notes. limit: rows to keep, drawn by `seed`, in the order of the file.
+    Where a row says split "train", those rows are used; else all but "val" and "test". Rows without a response are left
+    out. Both are counted in the notes. limit: rows to keep, drawn by `seed`, in the order of the file.
 
     Raises:
         DataError: no such file or set, no network, a row that is malformed (named by its line) or of another format,
@@ -159,15 +159,18 @@ def _read_json(path: Path) -> Table:
 
 
 def _train_split(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
-    named = [row.split for row in rows]
-    if all(split is None for split in named):
-        return list(rows), []
-    kept = [row for row, split in zip(rows, named, strict=True) if split == "train"]
-    if not kept:
-        found = ", ".join(sorted({str(split) for split in named}))
+    """The rows to train on: of split "train", else those of no split that is known here; notes on the others."""
+    said = [row.label("split") for row in rows]
+    wanted = {"train"} if "train" in said else {name for name in said if SPLIT_NAMES.get(name or "dev") is None}
+    if not wanted:
+        found = ", ".join(sorted(set(filter(None, said))))
         raise DataError(f"{rows[0].file} has no train split: its rows say {found}; rename it, or leave `split` out")
-    left = len(rows) - len(kept)
-    return kept, [f"{left} rows of other splits than train are left out"] if left else []
+    kept = [row for row, name in zip(rows, said, strict=True) if name in wanted]
+    left, foreign = len(rows) - len(kept), sorted(wanted - {None, "dev", "train"}, key=str)
+    notes = [f"{left} rows of other splits than train are left out"] if left else []
+    if foreign:
+        notes.append(f"no row says split 'train': rows that say {', '.join(map(repr, foreign))} are trained on")
+    return kept, notes
 
 
 def format_of(rows: Sequence[Row], source: str, wanted: str) -> Format:

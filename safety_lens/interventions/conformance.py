@@ -19,7 +19,7 @@ from safety_lens.generation import generate
 from safety_lens.interventions.edits import Edit, Watch, unit_of
 from safety_lens.interventions.rows import by_row
 from safety_lens.interventions.steering import ablate, affine, applied, clamp, is_writing_site, steer
-from safety_lens.interventions.weights import can_orthogonalize, orthogonalize
+from safety_lens.interventions.weights import can_orthogonalize, orthogonalized
 from safety_lens.kv import left_padded
 from safety_lens.models import hooks_at
 from safety_lens.probes.directions import Direction
@@ -166,7 +166,9 @@ def _all_hooks(model: HookedTransformer) -> Iterator[object]:
 
 def _orthogonal_is_ablated(model: HookedTransformer, encoded: list[Encoded]) -> Gap:
     d = _probe(model, encoded)
-    return gap_between(_logits(orthogonalize(model, d, share=True), encoded), _logits(model, encoded, ablate(d)))
+    with orthogonalized(model, d):
+        without = _logits(model, encoded)
+    return gap_between(without, _logits(model, encoded, ablate(d)))
 
 
 CHECKS: tuple[Listed, ...] = (

@@ -4,6 +4,11 @@ Held in memory, to test the hooks against. Safety Lens does not write such model
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import groupby
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,20 +21,16 @@ from safety_lens.probes.directions import Direction
 
 WRITERS = ("embed.W_E", "pos_embed.W_pos", "attn.W_O", "attn.b_O", "mlp.W_out", "mlp.b_out")
 """Parameters whose last axis is the residual stream: all that is ever written into it."""
-ROWS = 4096
-"""Rows of a weight that are worked on at a time: 30 MB in float64 at a width of 896."""
+ROWS = 1024
+"""Rows of a weight that are worked on at a time: 7 MB in float64 at a width of 896."""
 
 
-def orthogonalize(model: HookedTransformer, direction: Direction, *, share: bool = False) -> HookedTransformer:
-    """Return a model that cannot write along the direction: W ← W − (W·u)uᵀ for every writing weight and bias.
+def orthogonalize(model: HookedTransformer, direction: Direction) -> HookedTransformer:
+    """Return a copy that cannot write along the direction: W ← W − (W·u)uᵀ for every writing weight and bias.
 
     Equal to `ablate(direction)` at every writing site, the embedding included (Arditi et al. 2024, arXiv:2406.11717,
     section 4.1 and appendix E). The unembedding is left alone even where it was tied to the embedding. The products are
-    taken in float64, block by block, and rounded once.
-
-    Args:
-        share: Share the tensors that do not write with the given model, which saves most of a copy; a change of one
-            model in place is then one of the other. By default all tensors of the result are its own.
+    taken in float64, block by block, and rounded once. All tensors of the copy are its own.
 
     Raises:
         ModelError: a norm stands between a block's weights and the residual stream (Gemma 2 and 3): its gain would
@@ -37,6 +38,41 @@ def orthogonalize(model: HookedTransformer, direction: Direction, *, share: bool
         ModelMismatchError: the direction has another width than the residual stream.
         DataError: a direction without length.
     """
+    return _with_writers(model, _checked(model, direction))
+
+
+@contextmanager
+def orthogonalized(model: HookedTransformer, direction: Direction) -> Iterator[None]:
+    """Let the model itself run with the weights of `orthogonalize`, made as a module runs and dropped after it.
+
+    Takes the memory of the largest writing weight instead of a copy. The model is left as found.
+
+    Raises:
+        ModelError, ModelMismatchError, DataError: as `orthogonalize`.
+    """
+    unit, writers = _checked(model, direction), [n for n, _ in model.named_parameters() if n.endswith(WRITERS)]
+    with ExitStack() as stack:
+        for owner, names in groupby(writers, lambda name: name.rpartition(".")[0]):
+            module = model.get_submodule(owner)
+            own = {name.rpartition(".")[2]: model.get_parameter(name) for name in names}
+            stack.callback(_swap, own, None, module)
+            stack.callback(module.register_forward_pre_hook(partial(_swap, own, unit)).remove)
+            stack.callback(module.register_forward_hook(partial(_swap, own, None), always_call=True).remove)
+        yield
+
+
+def _swap(own: dict[str, nn.Parameter], unit: Float[Tensor, " d_model"] | None, module: nn.Module, *_: Any) -> None:
+    """Give a module its weights without the direction, or its own ones back."""
+    for name, parameter in own.items():
+        if unit is None:
+            setattr(module, name, parameter)
+        else:
+            changed = _without(parameter.detach(), unit.to(parameter.device))
+            setattr(module, name, nn.Parameter(changed, requires_grad=False))
+
+
+def _checked(model: HookedTransformer, direction: Direction) -> Float[Tensor, " d_model"]:
+    """The direction at length one, if weights of this model can be without it."""
     if not can_orthogonalize(model):
         raise ModelError(
             f"{model.cfg.model_name} normalises what attention and MLP write before adding it to the residual stream,"
@@ -47,7 +83,7 @@ def orthogonalize(model: HookedTransformer, direction: Direction, *, share: bool
             f"the direction has width {len(direction.vector)}, the residual stream {model.cfg.d_model}: a direction of"
             f" the residual stream is needed, this one was read at {direction.hook}"
         )
-    return _with_writers(model, unit_of(direction.vector), share)
+    return unit_of(direction.vector)
 
 
 def can_orthogonalize(model: HookedTransformer) -> bool:
@@ -65,7 +101,7 @@ def _without(weight: Float[Tensor, "*rows d_model"], unit: Float[Tensor, " d_mod
     return out
 
 
-def _with_writers(model: HookedTransformer, unit: Float[Tensor, " d_model"], share: bool) -> HookedTransformer:
+def _with_writers(model: HookedTransformer, unit: Float[Tensor, " d_model"]) -> HookedTransformer:
     """The model with new writing weights and without forward hooks; the tokenizer is shared."""
     shared = [model.tokenizer, getattr(model, "origin", None)]
     memo: dict[int, object] = {id(thing): thing for thing in shared if thing is not None}
@@ -73,10 +109,7 @@ def _with_writers(model: HookedTransformer, unit: Float[Tensor, " d_model"], sha
         # One by one: deepcopy would keep parameters that are views of one fused tensor as views of one new tensor.
         for name, parameter in model.named_parameters():
             tensor = parameter.detach()
-            if name.endswith(WRITERS):
-                tensor = _without(tensor, unit.to(tensor.device))
-            elif not share:
-                tensor = tensor.clone()
+            tensor = _without(tensor, unit.to(tensor.device)) if name.endswith(WRITERS) else tensor.clone()
             memo[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
         own: HookedTransformer = copy.deepcopy(model, memo)
     own.reset_hooks(including_permanent=True)

@@ -24,11 +24,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+from safety_lens.artifacts import FROZEN
 from safety_lens.errors import ModelError
 from safety_lens.loading.held_back import Pattern, held_back, pattern_of
 
-FILE = "frozen_entries.safetensors"
-"""Beside an adapter: which entries its update leaves alone, and the sparse matrix that takes the rest of B·A back."""
 FEW, LARGE = 0.03, 1 << 18
 """Share of a matrix' entries up to which they are worth an own product, and from which size (as timed on the CPU)."""
 CLOSE = 1e-4  # of the largest entry: products of the same factors, summed in another order
@@ -149,7 +148,7 @@ def travel_with_adapter(model: PeftModel, name: str) -> None:
     """Have the masks of an adapter saved wherever peft or the Trainer saves the adapter."""
     config = model.peft_config[name]
     config.__class__ = MaskedLoraConfig
-    config.frozen_entries = FILE
+    config.frozen_entries = FROZEN
     config._model, config._adapter = model, name  # no fields: they are neither compared nor written
 
 
@@ -164,7 +163,7 @@ def save_masks(model: PeftModel, name: str, folder: str | Path) -> None:
             index = mask_of(layer, name)
             tensors[f"{module}.index"] = index.cpu()
             tensors[f"{module}.delta"] = -_unmasked_at(layer, name, index).cpu()
-    save_file(tensors, Path(folder) / FILE, metadata={"index": "flat in [d_out, d_in]", "delta": "-scale * (B @ A)"})
+    save_file(tensors, Path(folder) / FROZEN, metadata={"index": "flat in [d_out, d_in]", "delta": "-scale * (B @ A)"})
 
 
 def _unmasked_at(layer: Any, name: str, index: Tensor) -> Float[Tensor, " k"]:
@@ -196,12 +195,12 @@ def restore_masks(model: PeftModel, place: str | Path) -> None:
 def _restore(layer: Any, name: str, module: str, tensors: Mapping[str, Tensor], place: str) -> None:
     index, delta = tensors[f"{module}.index"], tensors.get(f"{module}.delta")
     if not isinstance(layer, LoraLayer) or name not in layer.lora_A or delta is None:
-        raise ModelError(f"{place}: {FILE} names {module}, which the adapter does not adapt; save the adapter again")
+        raise ModelError(f"{place}: {FROZEN} names {module}, which the adapter does not adapt; save the adapter again")
     if int(index.max()) >= layer.in_features * layer.out_features:
-        raise ModelError(f"{place}: {FILE} has entries outside {module}; it belongs to another model")
+        raise ModelError(f"{place}: {FROZEN} has entries outside {module}; it belongs to another model")
     found = -_unmasked_at(layer, name, index.to(layer.lora_A[name].weight.device)).cpu()
     if not torch.allclose(found, delta, rtol=0, atol=CLOSE * float(delta.abs().max())):
-        raise ModelError(f"{place}: {FILE} was written for other factors than those beside it; save the adapter again")
+        raise ModelError(f"{place}: {FROZEN} was written for other factors than those there; save the adapter again")
     mask_update(layer, name, index)
 
 
@@ -210,9 +209,9 @@ def _masks_file(place: str) -> str | None:
         named = json.loads(Path(_fetch(place, "adapter_config.json")).read_text(encoding="utf-8"))
         if named.get("frozen_entries") is None:
             return None
-        return _fetch(place, FILE)
+        return _fetch(place, FROZEN)
     except (OSError, EntryNotFoundError, LocalEntryNotFoundError) as error:
-        raise ModelError(f"{place} was trained with frozen entries and {FILE} is not there") from error
+        raise ModelError(f"{place} was trained with frozen entries and {FROZEN} is not there") from error
 
 
 def _fetch(place: str, name: str) -> str:

@@ -108,7 +108,9 @@ class Baseline:
         Raises:
             ModelMismatchError: names what differs.
         """
-        for key in sorted(settings.keys() | self.settings.keys()):
+        for key in sorted(
+            settings.keys() | self.settings.keys(), key=lambda k: (k != "seed", k)
+        ):  # it draws pairs, too
             mine, theirs = settings.get(key), self.settings.get(key)
             if mine != theirs:
                 raise ModelMismatchError(

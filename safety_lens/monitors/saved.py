@@ -115,6 +115,7 @@ def measure_saved(
     probes: Probes | None = Probes(),  # noqa: B008 (frozen)
     pairs: Pairs = Pairs(),  # noqa: B008 (frozen)
     stop_rule: Callable[[], StopRule] = StopRule,
+    stored: Path | None = None,
     seed: int = 0,
     device: torch.device | str = "auto",
     dtype: torch.dtype | str | None = None,
@@ -130,6 +131,7 @@ def measure_saved(
         hooks: function of the number of blocks, giving hook names; None: every block's resid_post.
         pairs: how many pairs of each concept are read.
         stop_rule: makes a fresh rule; each run gets its own.
+        stored: folder of the base's measurement, as `Monitor.baseline` takes it: read where it is there, else written.
         on_line: called with lines about what is read and what cannot be measured, before the first measurement.
         on_rows: called with the name of a run and rows as soon as they are there.
 
@@ -146,9 +148,10 @@ def measure_saved(
     }  # fmt: skip
     notes = {name: [_checked(state, base, tokenizer) for state in states] for name, states in found.items()}
     first = Monitor(hf, concepts, **settings)
-    for line in (*first.pair_lines, f"measuring the base {base}"):
+    there = stored is not None and (stored / MANIFEST).is_file()
+    for line in (*first.pair_lines, f"reading the baseline in {stored}" if there else f"measuring the base {base}"):
         on_line(line)
-    baseline = first.baseline()
+    baseline = first.baseline(stored)
     for line in baseline.faults(first.headline):
         on_line(f"! {line}")
     rules = {name: stop_rule() for name in found}

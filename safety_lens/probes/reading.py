@@ -164,7 +164,12 @@ def _gather(
 STORED = {"float16": torch.float16, "float32": torch.float32}
 
 
-def _stored_dtype(name: str) -> torch.dtype:
+def stored_dtype(name: str) -> torch.dtype:
+    """The dtype in which activations are kept.
+
+    Raises:
+        DataError: another name than float16 and float32.
+    """
     if name not in STORED:
         raise DataError(f"activations are kept as {' or '.join(STORED)}, not {name!r}")
     return STORED[name]
@@ -173,7 +178,7 @@ def _stored_dtype(name: str) -> torch.dtype:
 def kept_bytes(acts: ConceptActivations, hooks: Sequence[str], dtype: str) -> int:
     """Bytes that `kept_rows` of these hooks will take."""
     values = sum(acts.sides[split][hook].pos.numel() * 2 for split in acts.sides for hook in hooks)
-    return values * _stored_dtype(dtype).itemsize
+    return values * stored_dtype(dtype).itemsize
 
 
 def kept_rows(acts: ConceptActivations, hooks: Sequence[str], dtype: str) -> dict[str, Float[Tensor, "pair d"]]:
@@ -186,7 +191,7 @@ def kept_rows(acts: ConceptActivations, hooks: Sequence[str], dtype: str) -> dic
     for split, by_hook in acts.sides.items():
         for hook in hooks:
             for side in ("pos", "neg"):
-                rows = getattr(by_hook[hook], side).to(_stored_dtype(dtype))
+                rows = getattr(by_hook[hook], side).to(stored_dtype(dtype))
                 if not bool(torch.isfinite(rows).all()):
                     raise DataError(f"{hook} holds values beyond {dtype}; keep activations as float32")
                 out[f"{acts.concept.name}/{split}/{'positive' if side == 'pos' else 'negative'}/{hook}"] = (

@@ -139,12 +139,19 @@ def selector(name: str, hooks: Sequence[str]) -> Selector:
         return SELECTORS[name]
     if name in hooks:
         return at_hook(name)
-    if "hook_" in name:
-        near = get_close_matches(name, hooks, n=1, cutoff=0.0)
+    check_selector(name)
+    near = get_close_matches(name, hooks, n=1, cutoff=0.0)
+    raise DataError(f"select {name!r} is not among the {len(hooks)} hooks that are read; the nearest is {near[0]!r}")
+
+
+def check_selector(name: str) -> None:
+    """Refuse what is neither a selector nor spelt as a hook, before a model is loaded.
+
+    Raises:
+        DataError: with the names that can be given.
+    """
+    if name not in SELECTORS and "hook_" not in name:
         raise DataError(
-            f"select {name!r} is not among the {len(hooks)} hooks that are read; the nearest is {near[0]!r}"
+            f"select {name!r} is not known; choose {', '.join(SELECTORS)} or a hook name, or pass a function"
+            " (Candidates) -> Choice, such as interventions.causal_selector() (--select causal)"
         )
-    raise DataError(
-        f"select {name!r} is not known; choose {', '.join(SELECTORS)} or a hook name, or pass a function"
-        " (Candidates) -> Choice, such as interventions.causal_selector()"
-    )

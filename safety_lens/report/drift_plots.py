@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from safety_lens.log import Measurement
 from safety_lens.report.drift_tables import ALARM, Drift, Runs, digits_of
-from safety_lens.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, save_figure, short_hook
+from safety_lens.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, save_figure, short_hook, whole_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +50,7 @@ def cosine_drift(rows: Sequence[Measurement], title: str = "") -> "Figure":
     for axes, hook in zip(grid[0], hooks, strict=True):
         axes.set_title(short_hook(hook) + (" (headline)" if hook == d.headline else ""), fontsize=9)
     for axes in grid[-1]:
-        axes.set(xlabel="step")
+        whole_steps(axes)
     named = dict(zip(*reversed(grid[0][0].get_legend_handles_labels()), strict=True))
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.suptitle(f"{title}\ncosine of each direction with its baseline".strip(), fontsize=10)
@@ -85,8 +85,7 @@ def layer_heatmap(rows: Sequence[Measurement], title: str = "", metric: str = "c
     for axes, grid, subject in zip(panels, grids, d.subjects, strict=True):
         image = axes.imshow(grid, cmap="viridis", vmin=low, vmax=max(high, low + 1e-9), aspect="auto", origin="lower")
         axes.set_title(subject, fontsize=9)
-        axes.set(xlabel="step")
-        _step_ticks(axes, d.steps)
+        _step_ticks(axes, d.steps, width)
         for i, hook in enumerate(d.hooks):
             if d.fault(subject, hook):
                 shape = Rectangle((-0.5, i - 0.5), len(d.steps), 1, fill=False, hatch="////", edgecolor="white", lw=0)
@@ -118,8 +117,7 @@ def metric_heatmap(rows: Sequence[Measurement], title: str = "") -> "Figure":
                 ink = "black" if 0.12 < value < 0.88 else "white"
                 axes.text(j, i, f"{value:.{digits_of(value)}f}", ha="center", va="center", fontsize=6, color=ink)
         axes.set_title(subject + (" (no result before training)" if d.fault(subject, hook) else ""), fontsize=8)
-        axes.set(xlabel="step")
-        _step_ticks(axes, d.steps)
+        _step_ticks(axes, d.steps, width)
     panels[0].set_yticks(range(len(shown)), [label for _, label in shown], fontsize=8)
     figure.colorbar(image, ax=list(panels), label="colours end at 0 and 1")
     figure.suptitle(
@@ -142,8 +140,8 @@ def refusal_odds(rows: Sequence[Measurement], title: str = "") -> "Figure":
                 _band(axes, d.probed, curve, color, style, f"{name} prompts")
     top.axhline(0, color="black", lw=0.6)
     top.set(ylabel="refusal log-odds (nats)")
-    bottom.set(ylabel="share of prompts refused", xlabel="step", ylim=(-0.03, 1.03))
-    bottom.xaxis.get_major_locator().set_params(integer=True)
+    bottom.set(ylabel="share of prompts refused", ylim=(-0.03, 1.03))
+    whole_steps(bottom)
     facts = d.behaviour("facts", "accuracy")
     if np.isfinite(facts[:, 0]).any():
         _band(bottom, d.probed, facts, GREEN, "D-", "facts answered rightly")
@@ -208,6 +206,8 @@ def run_comparison(runs: Runs, title: str = "") -> "Figure":
             subject + ("\n(no result before training)" if first.fault(subject, first.headline) else ""), fontsize=9
         )
     panels[0].set(ylabel="cosine to baseline")
+    for axes in panels:
+        whole_steps(axes)
     below = lower.subplots(1, 2)
     for axes, metric, label in zip(
         below,
@@ -217,7 +217,8 @@ def run_comparison(runs: Runs, title: str = "") -> "Figure":
     ):
         for (name, d), (color, style) in zip(read.items(), _cycle(len(read)), strict=True):
             _band(axes, d.probed, d.behaviour("harmful", metric), color, style, name)
-        axes.set(ylabel=label, xlabel="step")
+        axes.set(ylabel=label)
+        whole_steps(axes)
     below[0].set_ylim(-0.03, 1.03)
     below[1].axhline(0, color="black", lw=0.6)
     for axes in (*panels, *below):
@@ -276,9 +277,12 @@ def _band(
     axes.fill_between(x, curve[known, 1], curve[known, 2], color=color, alpha=0.18, lw=0)
 
 
-def _step_ticks(axes: "Axes", steps: Sequence[int]) -> None:
-    every = max(1, -(-len(steps) // 10))
-    axes.set_xticks(range(0, len(steps), every), [str(s) for s in steps[::every]])
+def _step_ticks(axes: "Axes", steps: Sequence[int], width: float) -> None:
+    """Label the columns of a heat map of this many inches, as many of them as fit next to one another."""
+    most = max(1, int(width / (0.08 * len(str(max(steps))) + 0.1)))
+    every = -(-len(steps) // most)
+    axes.set_xlabel("step")
+    axes.set_xticks(range(0, len(steps), every), [str(s) for s in steps[::every]], fontsize=8)
 
 
 def _relative(d: Drift, subject: str, metric: str, hook: str) -> Float[np.ndarray, " step"]:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from safety_lens.log import NAN, Measurement
-from safety_lens.report.plots import BLUE, GREEN, GREY, save_figure
+from safety_lens.report.plots import BLUE, GREEN, GREY, save_figure, whole_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +84,7 @@ def _ratio_panel(axes: "Axes", found: NeuronRows, group: str) -> None:
     axes.fill_between(x, curve[known, 1], curve[known, 2], color=GREEN, alpha=0.18, lw=0)
     axes.axhline(1, color="black", lw=0.6)
     axes.axhspan(*SIMILAR, color="black", alpha=0.08, lw=0, label="similar (within a factor 1.1)")
-    axes.set(xlabel="step")
+    whole_steps(axes)
 
 
 def change_distribution(rows: Sequence[Measurement], title: str = "") -> "Figure":

@@ -45,6 +45,14 @@ def label_hooks(axes: "Axes", hooks: Sequence[str]) -> None:
     axes.set_xlabel(what)
 
 
+def whole_steps(axes: "Axes") -> None:
+    """Label the lower axis as steps: whole numbers, few enough to stand apart in a narrow panel."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
+
+
 def _series(rows: Sequence[Measurement], metric: str, hooks: Sequence[str]) -> Float[np.ndarray, "hook 3"]:
     by_hook = {row.hook: row for row in rows if row.metric == metric and row.split == "test"}
     none = Measurement("", metric, float("nan"))
@@ -80,8 +88,9 @@ def layer_sweep(rows: Sequence[Measurement], *, title: str) -> "Figure":
         value, low, high = _series(rows, metric, hooks[:1])[0] if hooks else (np.nan,) * 3
         top.axhline(value, color=color, ls=style, lw=1.2, label=f"{label} {value:.2f} [{low:.2f}, {high:.2f}]")
     top.axhline(0.5, color="black", lw=0.6)
-    drawn = np.concatenate([line.get_ydata() for line in top.lines]).astype(float)  # from ½ on where nothing is lower
-    top.set(ylabel="AUROC on held-out pairs", ylim=(min(0.45, np.nanmin(drawn) - 0.03), 1.02))
+    drawn = [*(line.get_ydata() for line in top.lines), _series(rows, "auroc", hooks)[:, 1]]
+    lowest = float(np.nanmin(np.concatenate(drawn).astype(float)))  # chance, where nothing is lower
+    top.set(ylabel="AUROC on held-out pairs", ylim=(max(-0.02, lowest - 0.03), 1.02))
     _band(bottom, _series(rows, "d_prime", hooks), BLUE, "d'")
     bottom.axhline(0, color="black", lw=0.6)
     bottom.set(ylabel="d' (within-class SDs)")

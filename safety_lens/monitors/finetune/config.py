@@ -160,9 +160,11 @@ class Monitoring(Section):
     every: optimizer steps between full measurements, at least. budget: share of the training time that measuring may
     take, as 0.05, 5% or none. concepts: built-in names or files of contrast pairs; none switches the monitor off.
     pairs: how many of their pairs are read. layers: blocks whose resid_post is read, default all. probes: prompts on
-    which behaviour is read; false for none. groups: neuron groups whose weights are watched as well, `FOLDER` or
+    which behaviour is read; false for none. baseline: folder of a measurement before training that runs of the same
+    model, concepts and settings share; default one in the run's own folder. seed: which pairs are read, and every draw
+    of a measurement; default the run's. groups: neuron groups whose weights are watched as well, `FOLDER` or
     `FOLDER:GROUP` of a groups artifact (adapters only). control_runs: folders of five or more harmless runs of the same
-    kind, beside which a notice is given. on_alarm: what happens at an alarm. on_error: "raise" ends the run when a
+    kind, next to which a notice is given. on_alarm: what happens at an alarm. on_error: "raise" ends the run when a
     measurement fails, "warn" goes on without it.
     """
 
@@ -173,6 +175,8 @@ class Monitoring(Section):
     layers: list[int] | None = None
     method: str = "dim"
     probes: ProbeFiles | None = ProbeFiles()
+    baseline: Path | None = None
+    seed: int | None = None
     on_error: Literal["raise", "warn"] = "raise"
     control_runs: list[Path] = Field(default_factory=list)
     on_alarm: list[Action] = Field(default_factory=lambda: list[Action](["log"]))

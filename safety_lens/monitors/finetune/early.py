@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from safety_lens.artifacts import read_manifest
+from safety_lens.artifacts import MANIFEST, check_place, read_manifest
 from safety_lens.data.built_in import built_in_for
 from safety_lens.data.concept import check_concept
 from safety_lens.data.training import check_source
@@ -19,7 +19,7 @@ def check_early(config: RunConfig) -> None:
 
     Raises:
         DataError: no such training data, concept or safety data. ArtifactError: no such folder of groups, or no such
-            group in it.
+            group in it, or a baseline's folder that cannot be used.
     """
     if names_gguf(config.model):
         resolve_gguf(config.model)
@@ -27,8 +27,24 @@ def check_early(config: RunConfig) -> None:
     for name in config.monitor.concepts:
         check_concept(name, config.model)
     check_protection(config)
+    check_baseline(config.monitor.baseline)
     for text in (*config.tuning.freeze, *config.monitor.groups):
         chosen_group(text, group_names(split_name(text)[0]))
+
+
+def check_baseline(folder: Path | None) -> None:
+    """Refuse a folder that neither holds a baseline nor can take one.
+
+    Raises:
+        ArtifactError: it holds something else, or cannot be written.
+    """
+    try:
+        if folder is not None and (folder / MANIFEST).is_file():
+            read_manifest(folder, kind="baseline")
+        elif folder is not None:
+            check_place(folder, "baseline")
+    except ArtifactError as error:
+        raise ArtifactError(f"--baseline: {str(error).replace('--out', '--baseline')}") from error
 
 
 def check_protection(config: RunConfig) -> None:

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import yaml
 
-from safety_lens.artifacts import MANIFEST, MEASUREMENTS, check_place, refuse_foreign
+from safety_lens.artifacts import FROZEN, MANIFEST, MEASUREMENTS, check_place, refuse_foreign
 from safety_lens.errors import ArtifactError, DataError
-from safety_lens.loading.masked import FILE
 from safety_lens.monitors.finetune.config import RunConfig, differences, read_config
 
 CONFIG, CHECKPOINTS, LOG = "config.yaml", "checkpoints", "drift.jsonl"
 """Files of a run: its configuration, the Trainer's checkpoints, the monitor's log."""
 
 _MODEL = (
-    *("adapter_config.json", "adapter_model.safetensors", FILE, "config.json", "generation_config.json", "README.md"),
+    *("adapter_config.json", "adapter_model.safetensors", FROZEN, "config.json", "generation_config.json", "README.md"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "training_args.bin"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja"),
@@ -41,11 +40,10 @@ def claim(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         ArtifactError: the place is taken, cannot be written, or holds a run of another configuration.
     """
     out = config.out
-    if resume:
-        _check_resumable(config)
-    else:
-        _make_room(out, overwrite)
+    check_room(config, resume=resume, overwrite=overwrite)
     try:
+        if not resume and out.exists():
+            shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         if not resume:
             (out / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
@@ -58,8 +56,17 @@ def claim(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     return out
 
 
-def _make_room(out: Path, overwrite: bool) -> None:
-    """Remove the run that is in the way, on request and only where nothing else lies in its folder."""
+def check_room(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Refuse a folder that `claim` would refuse; nothing is written or removed, and torch is not imported.
+
+    Raises:
+        ArtifactError: the place is taken, cannot be written, or holds a run of another configuration, or files that
+            no run wrote.
+    """
+    if resume:
+        _check_resumable(config)
+        return
+    out = config.out
     finished = (out / MANIFEST).is_file()
     if (out / CONFIG).is_file() and not overwrite:
         _refuse_taken(out, finished)
@@ -68,8 +75,6 @@ def _make_room(out: Path, overwrite: bool) -> None:
         refuse_foreign(out, RUN_FILES)
     else:
         check_place(out, "finetune", overwrite, RUN_FILES)
-    if out.exists():
-        shutil.rmtree(out)
 
 
 def _refuse_taken(out: Path, finished: bool) -> None:

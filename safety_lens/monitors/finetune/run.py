@@ -43,7 +43,7 @@ from safety_lens.monitors.finetune.training import (
     training_arguments,
     with_trained_weights,
 )
-from safety_lens.monitors.finetune.watch import monitor_callback, probes_of
+from safety_lens.monitors.finetune.watch import monitor_callback, monitor_seed, probes_of
 from safety_lens.monitors.inputs import named_concepts
 from safety_lens.monitors.neuron_drift.watch import WHOLE
 from safety_lens.monitors.processes import from_first
@@ -95,10 +95,13 @@ def prepare(config: RunConfig) -> Prepared:
     parse_dtype(config.dtype)
     base = resolve(config.model)
     if base.adapter is not None:
-        raise ModelError(f"{config.model} is an adapter: merge it first, or fine-tune its base {base.base}")
+        raise ModelError(
+            f"{config.model} is an adapter: make a base of it (safety-lens convert {config.model} --out FOLDER) and"
+            f" fine-tune that, or fine-tune the model that it was trained on, {base.base}"
+        )
     data = load_rows(config.data.source, format=config.data.format, limit=config.data.limit, seed=config.seed)
     refuse_boilerplate((text for row in data.examples for text in row.responses), base.base, data.name)
-    named = [load_concept(name, model=base.base, seed=config.seed) for name in config.monitor.concepts]
+    named = [load_concept(name, model=base.base, seed=monitor_seed(config)) for name in config.monitor.concepts]
     concepts = tuple(named_concepts(named)) if named else ()
     estimator(config.monitor.method)
     probes_of(config.monitor.probes)  # a file that cannot be read is known before the model loads

@@ -35,6 +35,7 @@ def monitor_callback(
         concepts,
         every=chosen.every,
         log=config.out.absolute() / LOG,
+        baseline=None if chosen.baseline is None else chosen.baseline.absolute(),
         on_error=chosen.on_error,
         budget=chosen.budget,
         stop_rule=stop_rule(chosen.stop, control_runs(config)),
@@ -57,7 +58,7 @@ def monitor_settings(config: RunConfig, n_layers: int) -> dict[str, Any]:
         "method": chosen.method,
         "pairs": Pairs(**chosen.pairs.model_dump()),
         "probes": probes_of(chosen.probes),
-        "seed": config.seed,
+        "seed": monitor_seed(config),
     }
 
 
@@ -90,6 +91,11 @@ ALIKE = {
     "tuning": ("method", "rank", "targets", "layers"),
 }  # fmt: skip
 """What control runs share with the run that is judged by them."""
+
+
+def monitor_seed(config: RunConfig) -> int:
+    """The seed of measurements: the monitor's own, else the run's."""
+    return config.seed if config.monitor.seed is None else config.monitor.seed
 
 
 def stop_rule(stop: Stop, controls: ControlRuns | None = None) -> StopRule:
