@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from safety_lens.interventions.steering import steer
 from safety_lens.interventions.strength import residual_norm
 from safety_lens.interventions.sweeping import run as sweep_run
 from safety_lens.interventions.sweeping.controls import random_direction, random_set, shuffled_directions
-from safety_lens.interventions.sweeping.engine import CHUNK_ROWS, adding, load_sweep, sweep
+from safety_lens.interventions.sweeping.engine import adding, load_sweep, sweep
 from safety_lens.interventions.sweeping.inputs import with_shuffled
 from safety_lens.interventions.sweeping.plan import COEFFS, Arm, Controls, Decoding, Plan, SweepPrompt
 from safety_lens.interventions.sweeping.run import SweepResult
@@ -101,7 +102,7 @@ def run(model: HookedTransformer, directions: list[Direction], prompts: list[Swe
             "coeffs": COEFFICIENTS,
             "decoding": SHORT,
             "controls": Controls(2, (-1.0, 1.0)),
-            "chunk_rows": 16,
+            "portion_rows": 16,
         }
         given |= more
         return sweep(model, given.pop("directions"), given.pop("prompts"), **given)
@@ -280,7 +281,7 @@ def sweep_run_sites(found: DirectionSet, hook: str) -> Any:
 def test_controls_run_on_the_declared_part_of_the_grid_with_the_declared_seeds(run: Run) -> None:
     result = run(decoding=SAMPLED, seeds=(0, 1), controls=Controls(3, (-1.0, 1.0), seeds=1))
     random = [r for r in result.records if r["arm"].startswith("random/")]
-    assert len(random) == 2 * 3 * 2 * 8  # sites × directions × coefficients × prompts
+    assert len(random) == 2 * 3 * 2 * 5  # sites × directions × coefficients × test prompts
     assert {r["seed"] for r in random} == {0}
     assert {r.coeff for r in rows_of(result, "low/random")} == {-1.0, 1.0}
     assert all(r.n == 3 for r in rows_of(result, "low/random"))
@@ -387,7 +388,7 @@ def test_a_score_at_its_floor_is_reported_at_once_and_chooses_nothing(run: Run) 
 def test_the_size_of_a_sweep_and_too_few_controls_are_reported_before_it_starts(run: Run) -> None:
     notes: list[str] = []
     result = run(on_note=lambda note: notes.append(note), benign=["w20 w21"])
-    total, steered, random = len(result.records), 2 * 4 * 8, 2 * 2 * 2 * 8
+    total, steered, random = len(result.records), 2 * 4 * 8, 2 * 2 * 2 * 5
     assert notes[0].startswith(f"{total:,} answers of up to {SHORT.max_new_tokens} tokens: 8 unsteered, {steered}")
     assert f"{random} of random directions" in notes[0]
     assert "the KL of 8 cells on 1 benign prompts" in notes[0]
@@ -520,12 +521,19 @@ def test_cut_at_any_byte_it_goes_on_to_the_same_table_without_repeating_a_portio
         (out / CHECKS).write_bytes(checks[: checks.index(b"\n") + 1 + cut % 7])
         made = counted(monkeypatch)
         again = run(out=out, benign=benign)
-        kept = content[:cut].count(b"\n") // 16 * 16 if cut < len(content) else total
+        kept = whole_portions(content[:cut])
         identity = 3 * 8  # the check, which was torn: two sites and none, on eight prompts
         assert sum(made) == total - kept + identity, cut
         assert {name: (out / name).read_bytes() for name in wanted} == wanted
         assert again.table == whole.table
         monkeypatch.undo()
+
+
+def whole_portions(content: bytes) -> int:
+    """Answers of the portions that are stored whole, counted without the engine."""
+    lines = [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+    sizes = Counter(line["portion"] for line in lines)
+    return sum(n for portion, n in sizes.items() if n == next(x["of"] for x in lines if x["portion"] == portion))
 
 
 SCRIPT = """
@@ -564,7 +572,7 @@ def test_killed_with_sigkill_and_started_again_it_gives_the_same_table(
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (out / "manifest.json").exists()
-    done = (out / GENERATIONS).read_bytes().count(b"\n") // CHUNK_ROWS * CHUNK_ROWS
+    done = whole_portions((out / GENERATIONS).read_bytes())
     assert 128 <= done < 340  # in all: small sweeps keep what they have, too
     made = counted(monkeypatch)
     again = killed_sweep(model, out, None)
@@ -599,7 +607,7 @@ def test_another_model_cannot_go_on_with_a_sweep(run: Run, tmp_path: Path, promp
     with pytest.raises(ArtifactError, match="another sweep: model"):
         sweep(
             other, same, prompts, scorers=[LowWords()], coeffs=COEFFICIENTS, decoding=SHORT, controls=Controls(0),
-            chunk_rows=16, out=tmp_path / "run",
+            portion_rows=16, out=tmp_path / "run",
         )  # fmt: skip
 
 
@@ -674,7 +682,7 @@ def test_a_wrong_request_is_one_error_before_anything_runs(
 def test_plans_are_equal_however_often_they_are_written(run: Run) -> None:
     plan: Plan = run(controls=Controls(0)).plan
     assert json.loads(json.dumps(plan.to_json())) == plan.to_json()
-    assert sum(map(len, plan.chunks)) == (1 + 2 * 4) * 8
+    assert len(plan.cells(plan.arms)) == (1 + 2 * 4) * 8
     record: Record = plan.to_json()["prompts"][0]
     assert record["split"] == "selection"
     assert adding.__name__ == plan.edit
