@@ -67,7 +67,7 @@ def sweep(
     search: str = "auto",
     portion_rows: int | None = None,
     on_estimate: Callable[[Estimate], None] | None = None,
-    on_rows: Callable[[int, int], None] = lambda done, total: None,
+    on_rows: Callable[[int, int], None] | None = None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> SweepResult:
     """Steer every prompt with every direction, hook and coefficient, score the answers, and say what that is worth.
@@ -140,7 +140,7 @@ def sweep(
         rows = portion_rows or running.portion_rows
         if on_estimate is not None:
             on_estimate(running.estimate(rows))
-        running.write(rows, on_rows, on_note)
+        running.write(rows, on_rows or (lambda done, total: None), on_note)
     return running.finish(arguments)
 
 

@@ -275,11 +275,11 @@ def _side_effect_rows(grid: Grid) -> list[Measurement]:
     for arm in dict.fromkeys([grid.baseline, *_tested(grid), *searched]):
         subject, hook = ("baseline", None) if arm.site < 0 else plan_site(grid.plan, arm.site)
         place: dict[str, Any] = {"hook": hook, "coeff": arm.coeff}
-        split = "test" if arm.site < 0 or grid.ran(arm, "test") else "selection"
-        broken = grid.degenerate(arm, split)
-        known = broken[np.isfinite(broken)]
-        share = wilson(int(known.sum()), len(known))
-        rows.append(Measurement(subject, "degenerate", *share, n=len(known), split=split, **place))
+        for split in (s for s in ("test", "selection") if grid.ran(arm, s)):
+            broken = grid.degenerate(arm, split)
+            known = broken[np.isfinite(broken)]
+            share = wilson(int(known.sum()), len(known))
+            rows.append(Measurement(subject, "degenerate", *share, n=len(known), split=split, **place))
         cost = grid.kl.get(arm.key)
         if cost is not None:
             place["split"] = "benign"
