@@ -5,10 +5,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from safety_lens.progress import NAME, progressed, restart
 
 if TYPE_CHECKING:
     from safety_lens.data import Concept
@@ -20,7 +23,7 @@ err = Console(stderr=True, highlight=False, quiet=PROCESS > 0)
 
 
 def quiet_libraries() -> None:
-    """Keep loaders' progress bars and advice out of the output; their errors still come through."""
+    """Keep loaders' progress bars and advice out of the output, and print progress of our own; errors come through."""
     from transformers.utils import logging as transformers_logging
 
     # peft reads an old name of a transformers setting in every model it wraps; a user cannot mend that
@@ -30,6 +33,8 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)
+    show_log(NAME)
+    restart()
 
 
 def print_pairs(concepts: "Sequence[Concept]") -> None:
@@ -57,12 +62,36 @@ def show_log(name: str) -> None:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr that vanishes when done (none in a log file); yields the function that advances it."""
+def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show progress on stderr: a bar that vanishes when done on a terminal, elsewhere a line every half minute.
+
+    Args:
+        done: Units of `total` that were done before.
+
+    Yields:
+        The function that advances it by a number of units.
+    """
+    if not err.is_terminal:
+        yield _Lines(what, total, done)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(what, total=total, completed=done)
         yield lambda n: bar.advance(task, n)
+
+
+class _Lines:
+    """Progress in a log file: a line every half minute with the time that is left."""
+
+    def __init__(self, what: str, total: int, done: int) -> None:
+        self.what, self.total, self.done, self.before, self.start = what, total, done, done, monotonic()
+        progressed(what, done, total)
+
+    def __call__(self, n: int) -> None:
+        self.done += n
+        rate = (monotonic() - self.start) / max(self.done - self.before, 1)
+        left = duration(rate * max(self.total - self.done, 0))
+        progressed(self.what, self.done, self.total, f", about {left} left")
 
 
 def duration(seconds: float) -> str:
