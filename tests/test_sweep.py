@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,17 +23,18 @@ from transformer_lens import HookedTransformer
 from safety_lens.artifacts import load_artifact
 from safety_lens.errors import ArtifactError, DataError, HookNameError, ModelError, ModelMismatchError
 from safety_lens.generation import generate
-from safety_lens.interventions.scopes import Scope
+from safety_lens.interventions.scopes import Scope, scope_named
 from safety_lens.interventions.scorers import CallableScorer, Completion
 from safety_lens.interventions.steering import steer
 from safety_lens.interventions.strength import residual_norm
 from safety_lens.interventions.sweeping import run as sweep_run
 from safety_lens.interventions.sweeping.controls import random_direction, random_set, shuffled_directions
-from safety_lens.interventions.sweeping.engine import CHUNK_ROWS, adding, load_sweep, sweep
+from safety_lens.interventions.sweeping.engine import adding, load_sweep, sweep
 from safety_lens.interventions.sweeping.inputs import with_shuffled
-from safety_lens.interventions.sweeping.plan import COEFFS, Arm, Controls, Decoding, Plan, SweepPrompt
-from safety_lens.interventions.sweeping.run import SweepResult
-from safety_lens.interventions.sweeping.store import CHECKS, GENERATIONS, PLAN, TABLE, Record
+from safety_lens.interventions.sweeping.plan import COEFFS, Arm, Controls, Decoding, Plan, Site, SweepPrompt
+from safety_lens.interventions.sweeping.run import Estimate, Running, SweepResult
+from safety_lens.interventions.sweeping.search import coarse_sites, size
+from safety_lens.interventions.sweeping.store import CHECKS, GENERATIONS, PLAN, TABLE, Journal, Opened, Record
 from safety_lens.interventions.sweeping.table import summarise
 from safety_lens.log import Measurement
 from safety_lens.models import hooks_at, load_model
@@ -40,7 +42,8 @@ from safety_lens.paired import holm, paired_effect, sign_flip
 from safety_lens.probes.directions import Direction
 from safety_lens.probes.extract import DirectionSet, directions_from
 from safety_lens.probes.reading import ConceptActivations, read_concepts
-from safety_lens.report.steering_tables import site_table
+from safety_lens.probes.selection import Choice
+from safety_lens.report.steering_tables import site_table, sweep_tables
 from safety_lens.types import FwdHook
 
 HOOKS = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
@@ -101,7 +104,7 @@ def run(model: HookedTransformer, directions: list[Direction], prompts: list[Swe
             "coeffs": COEFFICIENTS,
             "decoding": SHORT,
             "controls": Controls(2, (-1.0, 1.0)),
-            "chunk_rows": 16,
+            "portion_rows": 16,
         }
         given |= more
         return sweep(model, given.pop("directions"), given.pop("prompts"), **given)
@@ -280,7 +283,7 @@ def sweep_run_sites(found: DirectionSet, hook: str) -> Any:
 def test_controls_run_on_the_declared_part_of_the_grid_with_the_declared_seeds(run: Run) -> None:
     result = run(decoding=SAMPLED, seeds=(0, 1), controls=Controls(3, (-1.0, 1.0), seeds=1))
     random = [r for r in result.records if r["arm"].startswith("random/")]
-    assert len(random) == 2 * 3 * 2 * 8  # sites × directions × coefficients × prompts
+    assert len(random) == 2 * 3 * 2 * 5  # sites × directions × coefficients × test prompts
     assert {r["seed"] for r in random} == {0}
     assert {r.coeff for r in rows_of(result, "low/random")} == {-1.0, 1.0}
     assert all(r.n == 3 for r in rows_of(result, "low/random"))
@@ -378,7 +381,11 @@ def test_a_score_at_its_floor_is_reported_at_once_and_chooses_nothing(run: Run) 
     assert slope.low < slope.value == 0 < slope.high, "five prompts at a floor do not prove a slope of 0"
     table = Console(width=200, file=io.StringIO(), record=True)
     table.print(site_table(result.measurements, "joy/dim", "never"))
-    assert "→ 1" not in table.export_text()
+    shown = table.export_text()
+    assert "→ 1" not in shown
+    assert "the goal 'lower' cannot be met on these prompts" in shown
+    cells = next(line for line in shown.splitlines() if "1.resid_post" in line).split()
+    assert cells[1] == "–", "a slope of 0 at a floor would read as a finding"
     free: list[str] = []
     run(scorers=[CallableScorer(lambda c: False, "never")], goal="higher", on_note=free.append)
     assert not any("cannot be met" in note for note in free)
@@ -387,12 +394,187 @@ def test_a_score_at_its_floor_is_reported_at_once_and_chooses_nothing(run: Run) 
 def test_the_size_of_a_sweep_and_too_few_controls_are_reported_before_it_starts(run: Run) -> None:
     notes: list[str] = []
     result = run(on_note=lambda note: notes.append(note), benign=["w20 w21"])
-    total, steered, random = len(result.records), 2 * 4 * 8, 2 * 2 * 2 * 8
+    total, steered, random = len(result.records), 2 * 4 * 8, 2 * 2 * 2 * 5
     assert notes[0].startswith(f"{total:,} answers of up to {SHORT.max_new_tokens} tokens: 8 unsteered, {steered}")
     assert f"{random} of random directions" in notes[0]
     assert "the KL of 8 cells on 1 benign prompts" in notes[0]
     assert "2 random directions: p of a cell against them is 0.33 at least" in notes[1]
     assert "3 selection prompts choose among 8 cells" in notes[2]
+
+
+# --- from coarse to fine --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many(model: HookedTransformer) -> DirectionSet:
+    """One direction at twelve hooks, the ninth of which extraction chose."""
+    g = torch.Generator().manual_seed(5)
+    points = ("resid_pre", "resid_mid", "resid_post")
+    hooks = [f"blocks.{i}.hook_{point}" for i in range(4) for point in points]
+    found = {hook: Direction("joy", hook, 2 * torch.randn(64, generator=g), "dim") for hook in hooks}
+    return DirectionSet("joy", "dim", found, {}, Choice(hooks[8], "by causal"), ())
+
+
+def test_a_search_over_24_blocks_needs_at_most_600_answers_and_a_grid_thousands() -> None:
+    hooks = [f"blocks.{i}.hook_resid_post" for i in range(24)]
+    parts = [Direction("joy", hook, torch.ones(2), "dim") for hook in hooks]
+    for shuffled in (0, 5):
+        sites = tuple(
+            Site("joy/dim", d.hook, (d,), None, ((d,),) * shuffled, favoured=d.hook == hooks[16]) for d in parts
+        )
+        asked = tuple(SweepPrompt(f"w{i}", "selection" if i < 12 else "test") for i in range(36))
+        plan = Plan(
+            sites, COEFFS["raw"], asked, (0,), Decoding(), Controls(), scope_named("all"), "raw", "adding", None,
+            ("refusal",), ("w1",), "either", None, 24, "coarse",
+        )  # fmt: skip
+        assert 400 < size(plan).answers <= 600
+        assert coarse_sites(plan, "joy/dim") == [3, 7, 10, 13, 16, 20]
+        assert size(replace(plan, search="grid")).answers > 20_000
+
+
+def test_the_search_reports_the_best_tried_cell_on_test_prompts_at_its_site_alone(run: Run, many: DirectionSet) -> None:
+    result = run(directions=many, controls=Controls(3), benign=["w20 w21"])
+    plan, chosen = result.plan, result.chosen
+    assert plan.search == "coarse"
+    assert chosen is not None
+    assert len(result.records) <= size(plan).answers
+    role = {i: p.split for i, p in enumerate(plan.prompts)}
+    base = {r["prompt"]: r["scores"]["low"] for r in result.records if r["arm"] == "baseline"}
+    gaps: dict[str, list[float]] = {}
+    for r in result.records:
+        if r["arm"].startswith("steer/") and role[r["prompt"]] == "selection":
+            gaps.setdefault(r["arm"], []).append(r["scores"]["low"] - base[r["prompt"]])
+    assert all(len(gap) == 3 for gap in gaps.values())
+    assert len({arm.split("/")[1] for arm in gaps}) > 6, "no site between the first ones was tried: no test"
+    broken = {r["arm"] for r in result.records if r["degenerate"]}
+    best = max((arm for arm in gaps if arm not in broken), key=lambda arm: abs(np.mean(gaps[arm])))
+    _, site, coeff, _ = best.split("/")
+    assert (chosen.hook, chosen.coeff) == (plan.sites[int(site)].name, float(coeff))
+    tested = {r["arm"].split("/")[1] for r in result.records if "/" in r["arm"] and role[r["prompt"]] == "test"}
+    assert tested == {site}
+    controls = {r["arm"].split("/")[2] for r in result.records if r["arm"].startswith("random/")}
+    assert controls == {coeff}
+    assert {r.hook for r in rows_of(result, "low/p_all")} == {chosen.hook}
+    assert one(result, "low/effect", hook=chosen.hook, coeff=chosen.coeff, split="test").n == 5
+    assert {r.hook for r in rows_of(result, "benign_kl")} >= {plan.sites[int(a.split("/")[1])].name for a in gaps}
+
+
+def test_the_search_never_looks_at_test_prompts(run: Run, many: DirectionSet, prompts: list[SweepPrompt]) -> None:
+    first = run(directions=many, controls=Controls(1))
+    others = [replace(p, prompt=f"w{60 + i} w{70 + i}") if p.split == "test" else p for i, p in enumerate(prompts)]
+    second = run(directions=many, controls=Controls(1), prompts=others)
+    both = [
+        [r["text"] for r in x.records if r["prompt"] < 3 and r["arm"].startswith("steer/")] for x in (first, second)
+    ]
+    assert both[0] == both[1]
+    assert texts(first, Arm("baseline")) != texts(second, Arm("baseline"))
+    assert first.chosen is not None
+    assert second.chosen is not None
+    assert (first.chosen.hook, first.chosen.coeff) == (second.chosen.hook, second.chosen.coeff)
+
+
+def test_a_search_that_was_cut_off_takes_the_same_way(run: Run, many: DirectionSet, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"directions": many, "controls": Controls(2), "benign": ["w20 w21"]}
+    whole = run(out=tmp_path / "whole", **how)
+    lines = (tmp_path / "whole" / GENERATIONS).read_bytes().splitlines(keepends=True)
+    checks = (tmp_path / "whole" / CHECKS).read_bytes()
+    for cut in (8, len(lines) // 2, len(lines) - 3):
+        out = tmp_path / f"cut-{cut}"
+        out.mkdir()
+        for name in (PLAN, "sweep.safetensors"):
+            (out / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+        (out / GENERATIONS).write_bytes(b"".join(lines[:cut]))
+        (out / CHECKS).write_bytes(checks if cut > 8 else b"")
+        assert run(out=out, **how).table == whole.table
+        assert sorted((out / GENERATIONS).read_bytes().splitlines()) == sorted(line.rstrip() for line in lines)
+
+
+def test_where_no_cell_moves_the_score_another_strength_is_tried_and_no_test_prompt_is_steered(
+    run: Run, many: DirectionSet
+) -> None:
+    result = run(
+        directions=many,
+        scorers=[CallableScorer(lambda c: False, "never")],
+        goal="higher",
+        coeffs=(-2.0, -1.0, -0.5, 0.5, 1.0, 2.0),
+        controls=Controls(1),
+    )
+    strengths = {abs(float(r["arm"].split("/")[2])) for r in result.records if r["arm"].startswith("steer/")}
+    assert strengths == {1.0, 2.0}
+    role = {i: p.split for i, p in enumerate(result.plan.prompts)}
+    assert {role[r["prompt"]] for r in result.records if "/" in r["arm"]} == {"selection"}
+    assert result.chosen is not None
+    assert result.chosen.hook is None
+    tables = sweep_tables(result.measurements, "joy/dim", "never")
+    assert len(tables) == 1
+
+
+def test_a_goal_that_cannot_be_met_ends_the_search_before_anything_is_steered(run: Run, many: DirectionSet) -> None:
+    result = run(directions=many, scorers=[CallableScorer(lambda c: True, "always")], goal="higher")
+    assert len(result.records) == 8
+    assert result.chosen is not None
+    assert "no edit can raise it, so the goal 'higher' cannot be met on these prompts" in str(result.chosen.note)
+
+
+def test_a_search_needs_prompts_that_choose_and_names_no_control_coefficients(
+    run: Run, many: DirectionSet, prompts: list[SweepPrompt]
+) -> None:
+    test = [p for p in prompts if p.split == "test"]
+    with pytest.raises(DataError, match="needs selection prompts"):
+        run(directions=many, prompts=test, search="coarse", controls=Controls(1))
+    with pytest.raises(DataError, match="at the coefficient that it chooses"):
+        run(directions=many, search="coarse")
+    with pytest.raises(DataError, match="choose auto, grid, coarse"):
+        run(search="fine")
+    assert run(directions=many, prompts=test[:1], coeffs=(1.0,), controls=Controls(0)).plan.search == "grid"
+
+
+# --- size, time and portions ----------------------------------------------------------------------------------------
+
+
+def test_portions_that_took_too_long_are_halved_and_the_table_stays(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run()
+    monkeypatch.setattr(sweep_run, "SLOW", -1.0)
+    assert run(out=tmp_path / "run").table == whole.table
+    lines = [json.loads(line) for line in (tmp_path / "run" / GENERATIONS).read_text(encoding="utf-8").splitlines()]
+    sizes = list({line["portion"]: line["of"] for line in lines}.values())
+    assert sizes[:5] == [8, 8, 4, 2, 1]
+    assert set(sizes[5:]) == {1}
+
+
+def test_large_models_are_stored_in_small_portions(model: HookedTransformer, run: Run) -> None:
+    rows = []
+    for new in (6, 200_000, 2_000_000):
+        plan = replace(run(controls=Controls(0)).plan, decoding=replace(SHORT, max_new_tokens=new))
+        rows.append(
+            Running(model, plan, [LowWords()], adding, Opened(None, Journal(None), Journal(None), ())).portion_rows
+        )
+    assert rows[0] == 64
+    assert rows == sorted(rows, reverse=True)
+    assert rows[-1] == 8
+
+
+def test_the_time_is_estimated_before_anything_is_stored_and_who_asks_may_refuse(run: Run, tmp_path: Path) -> None:
+    seen: list[Estimate] = []
+
+    def refuse(estimate: Estimate) -> None:
+        seen.append(estimate)
+        raise DataError("too long")
+
+    out = tmp_path / "run"
+    with pytest.raises(DataError, match="too long"):
+        run(out=out, on_estimate=refuse, benign=["w20 w21"])
+    assert not (out / GENERATIONS).exists()
+    result = run(
+        out=out, coeffs=(1.0,), controls=Controls(0), on_estimate=seen.append
+    )  # another plan: nothing was lost
+    assert [e.answers for e in seen] == [8 + 2 * 4 * 8 + 2 * 2 * 2 * 5, len(result.records)]
+    assert all(e.seconds > 0 and e.tokens == SHORT.max_new_tokens for e in seen)
+    (out / "manifest.json").unlink()
+    run(out=out, coeffs=(1.0,), controls=Controls(0), on_estimate=seen.append)
+    assert seen[-1].answers == 0
 
 
 # --- the numbers ----------------------------------------------------------------------------------------------------
@@ -520,12 +702,19 @@ def test_cut_at_any_byte_it_goes_on_to_the_same_table_without_repeating_a_portio
         (out / CHECKS).write_bytes(checks[: checks.index(b"\n") + 1 + cut % 7])
         made = counted(monkeypatch)
         again = run(out=out, benign=benign)
-        kept = content[:cut].count(b"\n") // 16 * 16 if cut < len(content) else total
+        kept = whole_portions(content[:cut])
         identity = 3 * 8  # the check, which was torn: two sites and none, on eight prompts
         assert sum(made) == total - kept + identity, cut
         assert {name: (out / name).read_bytes() for name in wanted} == wanted
         assert again.table == whole.table
         monkeypatch.undo()
+
+
+def whole_portions(content: bytes) -> int:
+    """Answers of the portions that are stored whole, counted without the engine."""
+    lines = [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+    sizes = Counter(line["portion"] for line in lines)
+    return sum(n for portion, n in sizes.items() if n == next(x["of"] for x in lines if x["portion"] == portion))
 
 
 SCRIPT = """
@@ -564,7 +753,7 @@ def test_killed_with_sigkill_and_started_again_it_gives_the_same_table(
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (out / "manifest.json").exists()
-    done = (out / GENERATIONS).read_bytes().count(b"\n") // CHUNK_ROWS * CHUNK_ROWS
+    done = whole_portions((out / GENERATIONS).read_bytes())
     assert 128 <= done < 340  # in all: small sweeps keep what they have, too
     made = counted(monkeypatch)
     again = killed_sweep(model, out, None)
@@ -599,7 +788,7 @@ def test_another_model_cannot_go_on_with_a_sweep(run: Run, tmp_path: Path, promp
     with pytest.raises(ArtifactError, match="another sweep: model"):
         sweep(
             other, same, prompts, scorers=[LowWords()], coeffs=COEFFICIENTS, decoding=SHORT, controls=Controls(0),
-            chunk_rows=16, out=tmp_path / "run",
+            portion_rows=16, out=tmp_path / "run",
         )  # fmt: skip
 
 
@@ -674,7 +863,7 @@ def test_a_wrong_request_is_one_error_before_anything_runs(
 def test_plans_are_equal_however_often_they_are_written(run: Run) -> None:
     plan: Plan = run(controls=Controls(0)).plan
     assert json.loads(json.dumps(plan.to_json())) == plan.to_json()
-    assert sum(map(len, plan.chunks)) == (1 + 2 * 4) * 8
+    assert len(plan.cells(plan.arms)) == (1 + 2 * 4) * 8
     record: Record = plan.to_json()["prompts"][0]
     assert record["split"] == "selection"
     assert adding.__name__ == plan.edit

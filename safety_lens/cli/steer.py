@@ -11,7 +11,7 @@ from safety_lens.cli.extract import parse_layers
 from safety_lens.cli.steer_answers import KIND, Place, check_stream, show_answers, stream_answers
 from safety_lens.cli.steer_idle import refuse_idle
 from safety_lens.cli.steer_prompts import Asked, limited, read_prompts
-from safety_lens.cli.steer_source import hooks_of, read_source, sweep_hooks
+from safety_lens.cli.steer_source import hooks_of, read_source
 from safety_lens.cli.steer_sweep import check_sweep, run_sweep
 from safety_lens.errors import DataError
 
@@ -63,6 +63,9 @@ def steer(
     system_baseline: own.SystemBaseline = None,
     goal: own.Goal = "either",
     max_kl: own.CeilingKl = None,
+    search: own.Search = "auto",
+    dry_run: own.DryRun = False,
+    yes: own.Yes = False,
     harmful: own.Harmful = False,
     subset: own.Subset = None,
     limit: own.Limit = None,
@@ -104,8 +107,6 @@ def steer(
     source = read_source(hooked, directions, concept, pairs, method, point, positions, seed, raw)
     hooks = hooks_of(hooked, source.found, point, wanted, hook)
     if sweep:
-        if hook is None and wanted is None and not all_layers:
-            hooks = _few(source.found, hooks)
         run_sweep(hooked, source, hooks, asked, decoding, benign_prompts, make_scorers(hooked), given)
         return
     at = hooks if all_layers or wanted or hook else [source.found.best.hook]
@@ -117,18 +118,6 @@ def steer(
         stream_answers(hooked, asked[0], plan.hooks(coeff), decoding, seed)
         return
     show_answers(hooked, asked, plan.hooks(coeff), decoding, make_scorers(hooked), plan.place(coeff), given)
-
-
-def _few(found: "DirectionSet", hooks: Sequence[str]) -> list[str]:
-    few = sweep_hooks(found)
-    if len(few) < len(hooks):
-        which = "the chosen one and some" if found.choice is not None else "some"
-        terminal.err.print(
-            f"{len(few)} of {len(hooks)} hooks, {which} at evenly spaced depths: {', '.join(few)} (--layers: others)",
-            markup=False,
-            soft_wrap=True,
-        )
-    return few
 
 
 def _say_what(found: "DirectionSet", at: Sequence[str], times: str, ablated: bool) -> None:

@@ -7,7 +7,7 @@ from safety_lens.errors import DataError
 
 SWEEP_ONLY = (
     *("coeffs", "controls", "control_coeffs", "shuffled", "seeds", "selection_share", "system_baseline", "goal"),
-    "max_kl",
+    *("max_kl", "search", "dry_run", "yes"),
 )
 
 

@@ -44,7 +44,8 @@ Scorers = Annotated[
 System = Annotated[str | None, typer.Option("--system", help="System prompt of prompts that have none.")]
 ControlCount = Annotated[int, typer.Option(min=0, help="Random directions of the same length; 20 or more are asked.")]
 ControlCoeffs = Annotated[
-    str | None, typer.Option(help="Coefficients of the controls; default the middle one of either sign; all: the grid.")
+    str | None,
+    typer.Option(help="Coefficients of the controls: of a grid the middle ones, or all; else the chosen one."),
 ]
 Shuffled = Annotated[int, typer.Option(min=0, help="Refits on shuffled labels (with --concept or --pairs).")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Sampling seeds; default 5, or 1 at temperature 0.")]
@@ -54,6 +55,14 @@ SelectionShare = Annotated[
 SystemBaseline = Annotated[str | None, typer.Option(help="System prompt as a baseline without edit.")]
 Goal = Annotated[str, typer.Option(help="Which way the first scorer should go: lower, higher or either.")]
 CeilingKl = Annotated[float | None, typer.Option("--max-kl", help="Choose no cell above this benign KL.")]
+Search = Annotated[
+    str,
+    typer.Option(
+        help="coarse: from coarse to fine, test prompts at the chosen hook alone; grid: every cell; auto: by hooks."
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the size of the sweep and its time, and stop.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Start a sweep that takes more than an hour.")]
 Harmful = Annotated[
     bool, typer.Option("--harmful", help="All prompts are harmful: keep 12 tokens of refusals, no other text.")
 ]

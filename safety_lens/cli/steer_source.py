@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from safety_lens.types import Prompt
 
 
-DEPTHS = (0.2, 0.4, 0.6, 0.8)
-
-
 class Source(NamedTuple):
     """Directions and what is known about where they came from. acts: None where only the artifact is at hand."""
 
@@ -91,15 +88,6 @@ def _behind(model: "HookedTransformer", artifact: Path, name: str, seed: int) ->
     except DataError:
         return None  # moved or offline: the caller tells the reader that overlap could not be checked
     return concept if concept.sha256 == said["sha256"] else None
-
-
-def sweep_hooks(found: "DirectionSet") -> list[str]:
-    """The chosen hook and hooks at depths of 0.2, 0.4, 0.6 and 0.8: where a sweep looks if no layers are named."""
-    names = [direction.hook for direction in found]
-    places = {round(depth * (len(names) - 1)) for depth in DEPTHS}
-    if found.choice is not None:
-        places.add(names.index(found.choice.hook))
-    return [name for place, name in enumerate(names) if place in places]
 
 
 def hooks_of(

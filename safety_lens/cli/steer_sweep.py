@@ -1,9 +1,10 @@
 """`safety-lens steer --sweep`: from flags to a sweep, and from its numbers to what is printed."""
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
     from safety_lens.cli.steer_source import Source
     from safety_lens.interventions.scorers import Scorer
     from safety_lens.interventions.sweeping.plan import Decoding
-    from safety_lens.interventions.sweeping.run import SweepResult
+    from safety_lens.interventions.sweeping.run import Estimate, SweepResult
     from safety_lens.types import Prompt
 
 ABLATION_COEFFS = (0.25, 0.5, 0.75, 1.0)
 ALL = "all"
 """Spelling of --control-coeffs that means the whole grid."""
+LONG = 3600.0
+"""Predicted seconds above which a sweep starts with --yes alone."""
 
 
 def run_sweep(
@@ -40,6 +43,7 @@ def run_sweep(
     from safety_lens.interventions.sweeping import inputs
     from safety_lens.interventions.sweeping.engine import ablating, adding, sweep
     from safety_lens.interventions.sweeping.plan import Controls
+    from safety_lens.interventions.sweeping.search import middle, resolved
 
     roles = with_roles(asked, given["selection_share"], given["seed"], given["harmful"])
     remarks = [roles.remark]
@@ -52,13 +56,20 @@ def run_sweep(
     coeffs = parse_numbers("--coeffs", given["coeffs"])
     grid = inputs.checked_coeffs(ABLATION_COEFFS if coeffs is None and given["ablate"] else coeffs, given["units"])
     at = control_coeffs(given["control_coeffs"], grid)
-    if given["control_coeffs"] is None and (given["controls"] or source.acts is not None):
-        terminal.err.print(
-            f"controls run at {', '.join(f'{c:g}' for c in at)} alone (--control-coeffs all: at every coefficient)",
-            markup=False,
-        )
+    controls = Controls(given["controls"], at, draw=given["seed"])
+    n_sites = 1 if given["all_layers"] else len(hooks)
+    search = resolved(given["search"], n_sites, roles.prompts, controls)
+    if search == "grid" and at is None:
+        controls = replace(controls, coeffs=tuple(middle(grid)))
+        if controls.random or source.acts is not None:
+            terminal.err.print(
+                f"controls run at {', '.join(f'{c:g}' for c in middle(grid))} alone (--control-coeffs all: at every"
+                " coefficient)",
+                markup=False,
+                soft_wrap=True,
+            )
     n_seeds = given["seeds"] or (5 if decoding.temperature > 0 else 1)
-    out = None if given["out"] is None else Path(given["out"])
+    out = None if given["out"] is None or given["dry_run"] else Path(given["out"])
     try:
         with ExitStack() as stack:
             progress = _Progress(out, stack)
@@ -74,7 +85,7 @@ def run_sweep(
                 scope=given["scope"],
                 units=given["units"],
                 decoding=decoding,
-                controls=Controls(given["controls"], at, draw=given["seed"]),
+                controls=controls,
                 shuffled=_refits(source, given),
                 trained_on=source.trained_on or (),
                 chosen_on=source.chosen_on or (),
@@ -86,6 +97,8 @@ def run_sweep(
                 out=out,
                 overwrite=given["overwrite"],
                 arguments=given,
+                search=search,
+                on_estimate=_announcer(given),
                 on_rows=progress,
                 on_note=lambda note: terminal.err.print(note, markup=False, soft_wrap=True),
             )
@@ -93,6 +106,30 @@ def run_sweep(
         typer.echo(progress.interrupted(), err=True)
         raise typer.Exit(130) from None
     _report(result, given["as_json"])
+
+
+def _announcer(given: dict[str, Any]) -> "Callable[[Estimate], None]":
+    """Print how long the sweep takes; end a dry run, and refuse a long one that nobody agreed to."""
+
+    def announce(estimate: "Estimate") -> None:
+        took = terminal.duration(estimate.seconds)
+        if given["dry_run"] and given["as_json"]:
+            typer.echo(json.dumps(asdict(estimate)))
+        else:
+            (terminal.out if given["dry_run"] else terminal.err).print(
+                f"time: about {took} for {estimate.answers:,} answers of up to {estimate.tokens} tokens"
+                f" ({estimate.timed} answers were timed)",
+                soft_wrap=True,
+            )
+        if given["dry_run"]:
+            raise typer.Exit(0)
+        if estimate.seconds > LONG and not given["yes"]:
+            raise DataError(
+                f"this sweep takes about {took}: give --yes to start it, or make it smaller (fewer --layers, --coeffs,"
+                " --controls or prompts, shorter answers by --max-new-tokens)"
+            )
+
+    return announce
 
 
 def check_sweep(given: dict[str, Any]) -> None:
@@ -111,7 +148,7 @@ def check_sweep(given: dict[str, Any]) -> None:
 
 
 class _Progress:
-    """Progress of a sweep: a bar on a terminal, and once the time that is left, from the first portion."""
+    """Progress of a sweep, and what is kept when it is interrupted."""
 
     def __init__(self, out: Path | None, stack: ExitStack) -> None:
         self.out, self.stack, self.done, self.total = out, stack, 0, 0
@@ -119,14 +156,9 @@ class _Progress:
 
     def __call__(self, done: int, total: int) -> None:
         if self.advance is None:
-            self.advance = self.stack.enter_context(terminal.progress("answers", total))
-            self.before, self.start = done, perf_counter()
-        elif done < total and self.done == self.before:
-            left = (perf_counter() - self.start) / (done - self.before) * (total - done)
-            terminal.err.print(
-                f"the {total - done:,} answers that are left take about {terminal.duration(left)}", markup=False
-            )
-        self.advance(done - self.done)
+            self.advance = self.stack.enter_context(terminal.progress("answers", total, done))
+        else:
+            self.advance(done - self.done)
         self.done, self.total = done, total
 
     def interrupted(self) -> str:
@@ -136,12 +168,9 @@ class _Progress:
         return f"interrupted; {kept} are kept in {self.out}: the same command goes on from there"
 
 
-def control_coeffs(text: str | None, grid: Sequence[float]) -> tuple[float, ...]:
-    """Coefficients that the controls run at: those given, or the middle one of each sign of the grid."""
-    if text is not None and text != ALL:
-        return parse_numbers("--control-coeffs", text) or ()
-    sides = [sorted((c for c in grid if c * sign > 0), key=abs) for sign in (-1, 1)]
-    return tuple(c for side in sides for c in (side if text == ALL else side[len(side) // 2 :][:1]))
+def control_coeffs(text: str | None, grid: Sequence[float]) -> tuple[float, ...] | None:
+    """Coefficients that the controls run at, None where they are not named."""
+    return tuple(c for c in grid if c) if text == ALL else parse_numbers("--control-coeffs", text)
 
 
 def parse_numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
@@ -171,13 +200,12 @@ def _report(result: "SweepResult", as_json: bool) -> None:
         for row in result.measurements:
             typer.echo(row.to_json())
         return
-    from safety_lens.report.steering_tables import cell_table, site_table
+    from safety_lens.report.steering_tables import sweep_tables
 
-    rows = result.measurements
     for scorer in result.plan.scorers:
         for subject in dict.fromkeys(site.subject for site in result.plan.sites):
-            terminal.out.print(site_table(rows, subject, scorer))
-            terminal.out.print(cell_table(rows, subject, scorer))
+            for table in sweep_tables(result.measurements, subject, scorer):
+                terminal.out.print(table)
     _conclude(result)
 
 

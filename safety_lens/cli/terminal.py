@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -17,6 +18,8 @@ PROCESS = int(os.environ.get("RANK", "0"))
 """The number of this process under torchrun or `accelerate launch`; the first, 0, speaks for all."""
 out = Console(highlight=False, quiet=PROCESS > 0)
 err = Console(stderr=True, highlight=False, quiet=PROCESS > 0)
+LOG_SECONDS = 30.0
+"""Seconds between two lines of progress where stderr is no terminal."""
 
 
 def quiet_libraries() -> None:
@@ -57,12 +60,42 @@ def show_log(name: str) -> None:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr that vanishes when done (none in a log file); yields the function that advances it."""
+def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show progress on stderr: a bar that vanishes when done on a terminal, elsewhere a line every half minute.
+
+    Args:
+        done: Units of `total` that were done before.
+
+    Yields:
+        The function that advances it by a number of units.
+    """
+    if not err.is_terminal:
+        yield _Lines(what, total, done)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(what, total=total, completed=done)
         yield lambda n: bar.advance(task, n)
+
+
+class _Lines:
+    """Progress in a log file: a line at the start, then one every `LOG_SECONDS` with the time that is left."""
+
+    def __init__(self, what: str, total: int, done: int) -> None:
+        self.what, self.total, self.done, self.before = what, total, done, done
+        self.start = self.printed = monotonic()
+        if total:
+            err.print(f"{what}: {done:,} of {total:,}", markup=False, soft_wrap=True)
+
+    def __call__(self, n: int) -> None:
+        self.done += n
+        now = monotonic()
+        if now - self.printed < LOG_SECONDS or self.done <= self.before:
+            return
+        self.printed = now
+        left = (now - self.start) / (self.done - self.before) * max(self.total - self.done, 0)
+        line = f"{self.what}: {self.done:,} of {self.total:,}, about {duration(left)} left"
+        err.print(line, markup=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

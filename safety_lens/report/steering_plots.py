@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from safety_lens.log import Measurement
 from safety_lens.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, save_figure, short_hook
-from safety_lens.report.steering_tables import Cells
+from safety_lens.report.steering_tables import Cells, searched
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ def coefficient_sweep(rows: Sequence[Measurement], subject: str, scorer: str) ->
     _cost(bottom, cells, site, x)
     base = "" if cells.baseline is None else f"; unsteered {scorer} {cells.baseline.value:.2f}"
     n = next((r.n for c in cells.coeffs if (r := cells.row(site, c, "effect"))), None)
-    top.set_title(f"{subject} at {site}\n{n} test prompts{base}", fontsize=10)
+    top.set_title(f"{subject} at {site}\n{n} test prompts{base}{cells.remark}", fontsize=10)
     bottom.set(xlabel="coefficient")
     _plain(top, bottom)
     _legend(figure, top, bottom, columns=2)
@@ -52,18 +52,24 @@ def coefficient_sweep(rows: Sequence[Measurement], subject: str, scorer: str) ->
 
 
 def layer_heatmap(rows: Sequence[Measurement], subject: str, scorer: str) -> "Figure":
-    """Effect at every site and coefficient; a dot where p < 0.05 over the whole grid, hatched where answers break."""
+    """Effect at every site and coefficient; a dot where p < 0.05 over the whole grid, hatched where answers break.
+
+    Of the test prompts, or of the selection prompts where a search looked at more sites than it reports.
+    """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    cells = Cells(rows, subject, scorer)
+    looked = searched(rows, subject, scorer)
+    cells = looked or Cells(rows, subject, scorer)
     values = np.array([[cells.get(site, c, "effect").value for c in cells.coeffs] for site in cells.sites])
     limit = float(np.nanmax(np.abs(values), initial=1e-9))
     figure = Figure(
         figsize=(max(6.0, 0.75 * len(cells.coeffs) + 2.6), max(3.2, 0.42 * len(cells.sites) + 2)), layout="constrained"
     )
     axes = figure.subplots()
-    image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", origin="lower")
+    colors = colormaps["RdBu_r"].with_extremes(bad="#dddddd")
+    image = axes.imshow(values, cmap=colors, vmin=-limit, vmax=limit, aspect="auto", origin="lower")
     figure.colorbar(image, ax=axes, label=f"change of {scorer}")
     for row, site in enumerate(cells.sites):
         for column, coeff in enumerate(cells.coeffs):
@@ -72,13 +78,14 @@ def layer_heatmap(rows: Sequence[Measurement], subject: str, scorer: str) -> "Fi
                 axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch="///", edgecolor=ink, lw=0))
             if cells.get(site, coeff, "p_all").value < 0.05:
                 axes.plot(column, row, "o", color="black", markeredgecolor="white", markersize=6)
-            if cells.chosen is not None and (cells.chosen.hook, cells.chosen.coeff) == (site, coeff):
+            if cells.is_chosen(site, coeff):
                 axes.add_patch(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor="black", lw=2))
     axes.set_xticks(range(len(cells.coeffs)), [f"{c:g}" for c in cells.coeffs])
     axes.set_yticks(range(len(cells.sites)), [short_hook(site) for site in cells.sites])
     axes.set(xlabel="coefficient", ylabel="site")
+    mark = "dot: p < 0.05 over the whole grid" if looked is None else "grey: not tried"
     axes.set_title(
-        f"{subject} → {scorer}, test prompts\ndot: p < 0.05 over the whole grid; frame: chosen; hatched: answers break",
+        f"{subject} → {scorer}, {cells.split} prompts\n{mark}; frame: chosen; hatched: answers break{cells.remark}",
         fontsize=10,
     )
     return figure
@@ -87,15 +94,18 @@ def layer_heatmap(rows: Sequence[Measurement], subject: str, scorer: str) -> "Fi
 def layer_effectiveness(rows: Sequence[Measurement], subject: str, scorer: str) -> "Figure":
     """Both signs of one strength at every site with intervals and random controls; below, the slope over all strengths.
 
-    The strength is the chosen one, else the weakest of the grid that all sites share with the largest mean effect.
+    The strength is the chosen one, else the one with the largest mean effect. Where a search looked at more sites than
+    it reports: the strength it tried at most sites, on the selection prompts, without slopes.
     """
     from matplotlib.figure import Figure
 
-    cells = Cells(rows, subject, scorer)
-    strength = _strength(cells)
+    looked = searched(rows, subject, scorer)
+    cells = looked or Cells(rows, subject, scorer)
+    strength = _strength(cells) if looked is None else _commonest(cells)
     x = np.arange(len(cells.sites), dtype=float)
     figure = Figure(figsize=(max(7.0, 0.5 * len(x) + 3), 6.6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    panels = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2]) if looked is None else [figure.subplots()]
+    top, bottom = panels[0], panels[-1]
     for sign, color, marker, shift in ((1, BLUE, "o", -0.12), (-1, ORANGE, "s", 0.12)):
         coeff = sign * strength
         if coeff not in cells.coeffs:
@@ -105,21 +115,24 @@ def layer_effectiveness(rows: Sequence[Measurement], subject: str, scorer: str) 
         known = np.isfinite(control).all(1)
         for k in np.flatnonzero(known):
             top.fill_between(x[k] + shift + np.array([-0.1, 0.1]), *control[k, 1:], color=color, alpha=0.18, lw=0)
-        shaded = "shaded: 95 % of random directions" if known.any() else "no random directions were run at it"
+        shaded = "shaded: 95 % of random directions" if known.any() else "no random directions were run"
         _bars(top, x + shift, effect, color, marker, f"coefficient {coeff:+g} ({shaded})")
     top.axhline(0, color="black", lw=0.6)
     top.set(ylabel=f"change of {scorer}")
-    slope = np.array([cells.get(site, None, "slope") for site in cells.sites])
-    _bars(bottom, x, slope, GREEN, "D", "slope over all coefficients, 95 % interval over prompts")
-    bottom.axhline(0, color="black", lw=0.6)
-    bottom.set(ylabel=f"{scorer} per unit", xlabel="site")
+    if looked is None:
+        slope = np.array([cells.get(site, None, "slope") for site in cells.sites])
+        _bars(bottom, x, slope, GREEN, "D", "slope over all coefficients, 95 % interval over prompts")
+        bottom.axhline(0, color="black", lw=0.6)
+        bottom.set(ylabel=f"{scorer} per unit")
+    bottom.set(xlabel="site")
     many = len(x) > 8
     bottom.set_xticks(
         x, [short_hook(s) for s in cells.sites], rotation=45 if many else 0, ha="right" if many else "center"
     )
-    top.set_title(f"{subject} → {scorer} at every site, both signs, test prompts", fontsize=10)
-    _plain(top, bottom)
-    _legend(figure, top, bottom, columns=1)
+    title = f"{subject} → {scorer} at every site, both signs, {cells.split} prompts{cells.remark}"
+    top.set_title(title, fontsize=10)
+    _plain(*panels)
+    _legend(figure, *panels, columns=1)
     return figure
 
 
@@ -133,7 +146,7 @@ def summary(rows: Sequence[Measurement], subject: str, scorer: str) -> "Figure":
     _cost_and_effect(cost, cells)
     _prompt_shares(prompts, cells)
     _subsets(subsets, rows, cells)
-    figure.suptitle(f"{subject} → {scorer}, test prompts", fontsize=11)
+    figure.suptitle(f"{subject} → {scorer}, test prompts{cells.remark}", fontsize=11)
     _plain(cost, prompts, subsets)
     return figure
 
@@ -262,6 +275,12 @@ def _strength(cells: Cells) -> float:
     return max(sizes, key=lambda a: float(mean[a]))
 
 
+def _commonest(cells: Cells) -> float:
+    """The strength that was tried at most sites; the weaker of two."""
+    sizes = sorted({abs(c) for c in cells.coeffs})
+    return max(sizes, key=lambda a: sum(cells.row(s, c, "effect") is not None for s in cells.sites for c in (a, -a)))
+
+
 def _is_broken(cells: Cells, rows: Sequence[Measurement], site: str, coeff: float) -> bool:
     base = next((r.value for r in rows if r.subject == "baseline" and r.metric == "degenerate"), 0.0)
     return cells.get(site, coeff, "degenerate").value > base + BROKEN
@@ -292,14 +311,20 @@ FIGURES = {
 
 
 def draw_all(rows: Sequence[Measurement], folder: Path, *, pdf: bool = False) -> list[Path]:
-    """Every figure of every direction and scorer of a sweep, as png and, where asked for, pdf."""
+    """Every figure of every direction and scorer of a sweep, as png and, where asked for, pdf.
+
+    Where a search chose no cell, no test prompt was steered: then the figures of the selection prompts alone.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     found = dict.fromkeys(
-        (r.subject, r.metric.removesuffix("/p_all")) for r in rows if r.metric.endswith("/p_all") and r.hook
+        (r.subject, r.metric.removesuffix("/effect")) for r in rows if r.metric.endswith("/effect") and r.hook
     )
     written = []
     for subject, scorer in found:
+        tested = bool(Cells(rows, subject, scorer).sites)
         for name, draw in FIGURES.items():
+            if not tested and draw not in (layer_heatmap, layer_effectiveness):
+                continue
             stem = f"{subject}-{scorer}-{name}".replace("/", "_").replace(" ", "_")
             figure = draw(rows, subject, scorer)
             written += [save_figure(figure, folder / f"{stem}{end}") for end in (".png", *([".pdf"] if pdf else []))]

@@ -12,11 +12,14 @@ from safety_lens.stats import UNKNOWN, Interval
 
 
 class Cells:
-    """The test rows of one direction and scorer, looked up by site, coefficient and metric."""
+    """The rows of one direction and scorer, looked up by site, coefficient and metric.
 
-    def __init__(self, rows: Sequence[Measurement], subject: str, scorer: str) -> None:
-        self.subject, self.scorer = subject, scorer
-        mine = [r for r in rows if r.subject == subject and r.split in ("test", "benign") and r.hook is not None]
+    split: "test", or "selection": where a search looked, which may be at more sites than the test prompts report.
+    """
+
+    def __init__(self, rows: Sequence[Measurement], subject: str, scorer: str, split: str = "test") -> None:
+        self.subject, self.scorer, self.split = subject, scorer, split
+        mine = [r for r in rows if r.subject == subject and r.split in (split, "benign") and r.hook is not None]
         self._rows = {(r.hook, r.coeff, r.metric): r for r in mine}
         self.sites = list(dict.fromkeys(str(r.hook) for r in mine if r.metric == f"{scorer}/effect"))
         self.coeffs = sorted({r.coeff for r in mine if r.metric == f"{scorer}/effect" and r.coeff is not None})
@@ -34,6 +37,19 @@ class Cells:
         return UNKNOWN if row is None else Interval(row.value, row.low, row.high)
 
     @property
+    def remark(self) -> str:
+        """Remark on a score at its floor or ceiling, as a line of a title; empty for none."""
+        return "" if self.baseline is None or self.baseline.note is None else f"\n{self.baseline.note}"
+
+    def is_chosen(self, site: str, coeff: float) -> bool:
+        """Whether the selection prompts chose this cell."""
+        return self.chosen is not None and (self.chosen.hook, self.chosen.coeff) == (site, coeff)
+
+    def unmoved(self, site: str) -> bool:
+        """Whether a score that began at its floor or ceiling stayed there in every cell: its slope says nothing."""
+        return bool(self.remark) and not any(self.get(site, c, "effect").value for c in self.coeffs)
+
+    @property
     def shown_site(self) -> str:
         """The site of the chosen cell; without one, the site with the largest effect of all."""
         if self.chosen is not None and self.chosen.hook in self.sites:
@@ -41,17 +57,47 @@ class Cells:
         return max(self.sites, key=lambda site: max(abs(self.get(site, c, "effect").value) for c in self.coeffs))
 
 
+def searched(rows: Sequence[Measurement], subject: str, scorer: str) -> Cells | None:
+    """The cells of the selection prompts, where a search looked at sites that no test prompt ran at; else None."""
+    looked, tested = (Cells(rows, subject, scorer, split) for split in ("selection", "test"))
+    return looked if set(looked.sites) > set(tested.sites) else None
+
+
+def sweep_tables(rows: Sequence[Measurement], subject: str, scorer: str) -> list[WordTable]:
+    """Every table of one direction and scorer: what was searched, all tested sites, the chosen site."""
+    looked = searched(rows, subject, scorer)
+    out = [] if looked is None else [search_table(looked)]
+    if Cells(rows, subject, scorer).sites:
+        out += [site_table(rows, subject, scorer), cell_table(rows, subject, scorer)]
+    return out
+
+
+def search_table(cells: Cells) -> WordTable:
+    """Effects on the selection prompts at every site and coefficient where the search looked, with the benign KL."""
+    n = max(row.n or 0 for site in cells.sites for c in cells.coeffs if (row := cells.row(site, c, "effect")))
+    title = f"{cells.subject} → {cells.scorer}: effect (benign KL) on {n} selection prompts, by site and coefficient"
+    table = WordTable("site", *(f"{c:g}" for c in cells.coeffs), title=Text(title + cells.remark))
+    for site in cells.sites:
+        shown = []
+        for c in cells.coeffs:
+            effect, kl = cells.get(site, c, "effect").value, cells.get(site, c, "benign_kl").value
+            mark = "→ " if cells.is_chosen(site, c) else ""
+            shown.append("" if effect != effect else f"{mark}{effect:.2f}" + ("" if kl != kl else f" ({kl:.2f})"))
+        table.add_row(Text(short(site)), *shown)
+    return table
+
+
 def cell_table(rows: Sequence[Measurement], subject: str, scorer: str) -> WordTable:
     """Every coefficient at the chosen site: effect, corrected p, controls and cost."""
     cells = Cells(rows, subject, scorer)
     site = cells.shown_site
     base = UNKNOWN if cells.baseline is None else Interval(*_numbers(cells.baseline))
-    title = f"{subject} → {scorer} at {site}, test prompts\nunsteered {with_interval(base)}"
+    title = f"{subject} → {scorer} at {site}, test prompts\nunsteered {with_interval(base)}{cells.remark}"
     columns = ("coeff", "effect", "p, whole\ngrid", "random directions\n(95 % of them)", "shuffled\nlabels", "broken",
                "KL, benign\n(p95)")  # fmt: skip
     table = WordTable(*columns, title=Text(title))
-    for coeff in cells.coeffs:
-        mark = "→ " if cells.chosen is not None and cells.chosen.coeff == coeff and cells.chosen.hook == site else ""
+    for coeff in (c for c in cells.coeffs if cells.row(site, c, "effect") is not None):
+        mark = "→ " if cells.is_chosen(site, coeff) else ""
         kl, tail = cells.get(site, coeff, "benign_kl").value, cells.get(site, coeff, "benign_kl_p95").value
         table.add_row(
             f"{mark}{coeff:g}",
@@ -75,14 +121,15 @@ def _numbers(row: Measurement) -> tuple[float, float, float]:
 def site_table(rows: Sequence[Measurement], subject: str, scorer: str) -> WordTable:
     """Every site: the slope over all coefficients, and the share of prompts that it does not hold for."""
     cells = Cells(rows, subject, scorer)
-    title = f"{subject} → {scorer}: change of the score per unit of coefficient, test prompts"
+    title = f"{subject} → {scorer}: change of the score per unit of coefficient, test prompts{cells.remark}"
     columns = ("site", "slope", "rank\ncorr.", "steerable", "anti-\nsteerable", "largest effect", "at")
     table = WordTable(*columns, title=Text(title))
     for site in cells.sites:
-        best = max(cells.coeffs, key=lambda c: abs(cells.get(site, c, "effect").value))
+        sizes = {c: abs(row.value) for c in cells.coeffs if (row := cells.row(site, c, "effect")) is not None}
+        best = max(sizes, key=lambda c: sizes[c])
         table.add_row(
             Text(("→ " if cells.chosen is not None and cells.chosen.hook == site else "") + short(site)),
-            with_interval(cells.get(site, None, "slope")),
+            "–" if cells.unmoved(site) else with_interval(cells.get(site, None, "slope")),
             number(cells.get(site, None, "monotone").value),
             number(cells.get(site, None, "steerable").value),
             with_interval(cells.get(site, None, "anti_steerable")),

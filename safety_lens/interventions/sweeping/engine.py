@@ -21,14 +21,12 @@ from safety_lens.interventions.strength import residual_norm
 from safety_lens.interventions.sweeping import inputs
 from safety_lens.interventions.sweeping.choice import WANTED
 from safety_lens.interventions.sweeping.plan import Controls, Decoding, Directions, Plan, Site, SweepPrompt
-from safety_lens.interventions.sweeping.run import Edit, Running, SweepResult
+from safety_lens.interventions.sweeping.run import Edit, Estimate, Running, SweepResult
+from safety_lens.interventions.sweeping.search import describe, most_sites, remarks, resolved
 from safety_lens.interventions.sweeping.store import KIND, open_sweep
 from safety_lens.log import Measurement
 from safety_lens.probes.directions import Direction
 from safety_lens.types import FwdHook, Prompt
-
-CHUNK_ROWS = 64
-"""Answers that are generated, scored and stored at once: what a killed sweep loses at most."""
 
 
 def adding(direction: Direction, coeff: float, scope: Scope, unit: float | None) -> list[FwdHook]:
@@ -66,7 +64,9 @@ def sweep(
     out: str | Path | None = None,
     overwrite: bool = False,
     arguments: Mapping[str, Any] | None = None,
-    chunk_rows: int = CHUNK_ROWS,
+    search: str = "auto",
+    portion_rows: int | None = None,
+    on_estimate: Callable[[Estimate], None] | None = None,
     on_rows: Callable[[int, int], None] | None = None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> SweepResult:
@@ -89,7 +89,13 @@ def sweep(
         max_kl: cells above this benign KL (nats per token) are not chosen.
         edit: what a coefficient does: `adding` or `ablating`, or a function of your own.
         out: folder for the running sweep and its result; the same call goes on where an earlier one was cut off.
-        on_rows: called with (rows done, rows in all), first before anything is generated.
+        search: "grid" runs every cell on every prompt. "coarse" lets the selection prompts search from coarse to fine;
+            test prompts and controls run at the chosen site alone. "auto" is "coarse" over more than `COARSE_SITES`
+            sites of a direction, where there are selection prompts and `controls` names no coefficients.
+        portion_rows: answers that are generated and stored at once; by default what takes half a minute at most.
+        on_estimate: called with the predicted duration before anything is generated, and asked for by being given: some
+            answers are timed for it. It stops the sweep by raising.
+        on_rows: called with (rows done, rows in all at most), first before anything is generated.
         on_note: called with remarks for the reader: the size of the sweep, few controls, a score at its floor.
 
     Raises:
@@ -121,19 +127,20 @@ def sweep(
         goal,
         max_kl,
         int(model.cfg.n_layers),
-        chunk_rows,
+        resolved(search, most_sites(sites), checked, controls),
     )
     place = Path(out) if out is not None else None
     who = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(model.tokenizer)}
     opened = open_sweep(place, plan, who, overwrite=overwrite)
     running = Running(model, replace(plan, sites=opened.sites), scorers, edit, opened)
     if not opened.sealed:
-        for note in (plan.describe(), *plan.remarks()):
+        for note in (describe(plan), *remarks(plan)):
             on_note(note)
         running.check_widths()
-        running.check_identity()
-        running.write(on_rows, on_note)
-        running.measure_cost()
+        rows = portion_rows or running.portion_rows
+        if on_estimate is not None:
+            on_estimate(running.estimate(rows))
+        running.write(rows, on_rows or (lambda done, total: None), on_note)
     return running.finish(arguments)
 
 

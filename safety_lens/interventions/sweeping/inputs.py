@@ -49,7 +49,10 @@ def sites_of(directions: Directions, hooks: Sequence[str] | None, together: bool
         if not parts:
             raise DataError(f"{subject} has no direction at any hook: there is nothing to steer with")
         groups = [parts] if together and len(parts) > 1 else [(part,) for part in parts]
-        sites += [Site(subject, g[0].hook if len(g) == 1 else f"{len(g)} hooks together", g) for g in groups]
+        chosen = one.choice.hook if isinstance(one, DirectionSet) and one.choice is not None else None
+        for g in groups:
+            name, favoured = (g[0].hook, g[0].hook == chosen) if len(g) == 1 else (f"{len(g)} hooks together", False)
+            sites.append(Site(subject, name, g, favoured=favoured))
     if not sites:
         raise DataError("no direction was given: there is nothing to steer with")
     names = [(s.subject, s.name) for s in sites]

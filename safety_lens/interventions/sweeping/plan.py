@@ -1,6 +1,5 @@
 """Plan of a sweep, known before it starts: arms (sites × coefficients and their controls) × prompts × seeds."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -17,18 +16,11 @@ COEFFS: dict[str, tuple[float, ...]] = {
 }
 """Coefficients where none are given: times the direction's own length, or times the RMS length of activations."""
 
-KINDS = ("baseline", "system", "steer", "random", "shuffled")
-TITLES = {
-    "baseline": "unsteered",
-    "system": "with the system prompt",
-    "steer": "steered",
-    "random": "of random directions",
-    "shuffled": "of refits on shuffled labels",
-}
-"""Kinds of arms for a reader."""
+CONTROLS = ("random", "shuffled")
+"""Kinds of arms that should do nothing."""
 SPLITS = ("selection", "test")
-LEAST_CONTROLS, LEAST_SELECTION = 20, 12
-"""Random directions and selection prompts below which a remark is made."""
+CONTROL_PROMPTS = 8
+"""Test prompts that controls run on in a search from coarse to fine, evenly spaced."""
 Directions = Direction | DirectionSet | Sequence[Direction | DirectionSet]
 
 
@@ -49,11 +41,11 @@ class SweepPrompt:
 
 @dataclass(frozen=True)
 class Controls:
-    """Directions that should do nothing, on the same prompts.
+    """Directions that should do nothing, on the same test prompts.
 
     random: how many random directions per site, each as long as the direction and orthogonal to it. coeffs: the
-    coefficients they run at, None for all of the grid. seeds: how many of the sampling seeds they run with, None for
-    all. draw: which random directions.
+    coefficients they run at, None for all of the grid (in a coarse search for the chosen one alone). seeds:
+    how many of the sampling seeds they run with, None for all. draw: which random directions.
     """
 
     random: int = 20
@@ -83,7 +75,8 @@ class Site:
     """Where one direction acts: at its own hook, or the directions of a set at all of theirs together.
 
     parts: what the coefficient multiplies, each at its own hook. unit: length of one unit for each part, or None where
-    a unit is the part's own length. shuffled: the parts refitted on shuffled labels, once per control.
+    a unit is the part's own length. shuffled: the parts refitted on shuffled labels, once per control. favoured:
+    whether extraction chose this hook: one of those that a search begins with.
     """
 
     subject: str
@@ -91,6 +84,7 @@ class Site:
     parts: tuple[Direction, ...]
     units: tuple[float, ...] | None = None
     shuffled: tuple[tuple[Direction, ...], ...] = ()
+    favoured: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,7 +112,11 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Everything that decides what a sweep writes. `chunk_rows`: rows that are generated, scored and stored at once."""
+    """Everything that decides what a sweep writes.
+
+    search: "grid" runs every cell on every prompt; "coarse" searches with the selection prompts from coarse to fine and
+    runs the test prompts at the chosen site alone.
+    """
 
     sites: tuple[Site, ...]
     coeffs: tuple[float, ...]
@@ -135,54 +133,42 @@ class Plan:
     goal: str
     max_kl: float | None
     n_layers: int
-    chunk_rows: int
+    search: str
+
+    @property
+    def unsteered(self) -> list[Arm]:
+        """The arms without an edit."""
+        return [Arm("baseline")] + ([Arm("system")] if self.system else [])
 
     @property
     def arms(self) -> list[Arm]:
-        """Baseline first; the arms of one site are neighbours, so that few hooks are active at a time."""
-        out = [Arm("baseline")] + ([Arm("system")] if self.system else [])
+        """Every arm of the grid, baseline first; those of a site are neighbours, so that few hooks act at a time."""
+        out = self.unsteered
         at = [c for c in self.coeffs if c != 0 and (self.controls.coeffs is None or c in self.controls.coeffs)]
-        for number, site in enumerate(self.sites):
+        for number in range(len(self.sites)):
             out += [Arm("steer", number, c) for c in self.coeffs if c != 0]
-            out += [Arm("random", number, c, k) for k in range(self.controls.random) for c in at]
-            out += [Arm("shuffled", number, c, k) for k in range(len(site.shuffled)) for c in at]
+            out += self.controls_at(number, at)
         return out
+
+    def controls_at(self, site: int, coeffs: Sequence[float]) -> list[Arm]:
+        """The control arms of one site at these coefficients."""
+        many = {"random": self.controls.random, "shuffled": len(self.sites[site].shuffled)}
+        return [Arm(kind, site, c, k) for kind, n in many.items() for k in range(n) for c in coeffs]
 
     def seeds_of(self, arm: Arm) -> tuple[int, ...]:
-        return self.seeds[: self.controls.seeds] if arm.kind in ("random", "shuffled") else self.seeds
+        return self.seeds[: self.controls.seeds] if arm.kind in CONTROLS else self.seeds
 
-    @property
-    def chunks(self) -> list[list[Cell]]:
-        """The work in order, in the portions that are done or not done as a whole."""
-        cells = [Cell(a, p, s) for a in self.arms for s in self.seeds_of(a) for p in range(len(self.prompts))]
-        return [cells[i : i + self.chunk_rows] for i in range(0, len(cells), self.chunk_rows)]
+    def prompts_of(self, arm: Arm, splits: Sequence[str] = SPLITS) -> list[int]:
+        """Numbers of the prompts that an arm runs on, among those of these roles. Controls take test prompts alone."""
+        if arm.kind not in CONTROLS:
+            return [i for i, p in enumerate(self.prompts) if p.split in splits]
+        test = [i for i, p in enumerate(self.prompts) if p.split == "test"]
+        few = len(test) if self.search == "grid" else min(len(test), CONTROL_PROMPTS)
+        return [test[k * len(test) // few] for k in range(few)]
 
-    def describe(self) -> str:
-        """Number of answers by kind of arm, and their length, in one line."""
-        counts = Counter(dict.fromkeys(KINDS, 0))
-        for arm in self.arms:
-            counts[arm.kind] += len(self.prompts) * len(self.seeds_of(arm))
-        parts = [f"{n:,} {TITLES[kind]}" for kind, n in counts.items() if n]
-        what = f"{counts.total():,} answers of up to {self.decoding.max_new_tokens} tokens: {', '.join(parts)}"
-        cells = len(self.sites) * sum(c != 0 for c in self.coeffs)
-        sites = f"{len(self.prompts)} prompts, {len(self.sites)} sites, {cells} cells"
-        cost = f"; then the KL of {cells} cells on {len(self.benign)} benign prompts" if self.benign else ""
-        return f"{what} ({sites}){cost}"
-
-    def remarks(self) -> list[str]:
-        """Remarks on what so few controls and selection prompts can show."""
-        out = []
-        n, cells = self.controls.random, len(self.sites) * sum(c != 0 for c in self.coeffs)
-        if n < LEAST_CONTROLS:
-            least = f"p of a cell against them is {1 / (n + 1):.2g} at least, and " if n else ""
-            out.append(f"{n} random directions: {least}their range says little; use {LEAST_CONTROLS} or more")
-        chosen = sum(p.split == "selection" for p in self.prompts)
-        if 0 < chosen < LEAST_SELECTION:
-            out.append(
-                f"{chosen} selection prompts choose among {cells} cells: with fewer than {LEAST_SELECTION} the choice"
-                " is mostly noise"
-            )
-        return out
+    def cells(self, arms: Sequence[Arm], splits: Sequence[str] = SPLITS) -> list[Cell]:
+        """The rows of work of some arms, in the order in which they are run."""
+        return [Cell(a, p, s) for a in arms for s in self.seeds_of(a) for p in self.prompts_of(a, splits)]
 
     def to_json(self) -> dict[str, Any]:
         """The plan as it is stored and compared; vectors are stored beside it."""
@@ -207,7 +193,7 @@ class Plan:
             "benign": [as_json(prompt) for prompt in self.benign],
             "goal": self.goal,
             "max_kl": self.max_kl,
-            "chunk_rows": self.chunk_rows,
+            "search": self.search,
         }
 
 

@@ -1,7 +1,7 @@
 """A sweep on disk while it runs: the plan, the directions, and every portion of answers as soon as it is done.
 
-A process that is killed at any moment leaves whole portions behind, or a torn last one that is dropped. Portions hold
-the same rows in every run, so that answers do not depend on where a run was cut.
+A process that is killed at any moment leaves whole portions, or a torn last one that is dropped. Portions follow each
+other in the order of the sweep's answers: those that are left begin where the stored ones end.
 """
 
 import json
@@ -117,6 +117,8 @@ def open_sweep(out: Path | None, plan: "Plan", identity: Mapping[str, Any], *, o
     wanted = json.loads(json.dumps({**plan.to_json(), **identity}))
     if overwrite:
         _clear(out)
+    elif (out / PLAN).is_file() and not any((out / name).is_file() for name in (GENERATIONS, MANIFEST)):
+        _clear(out)  # no answer was written: nothing is lost, and the plan may be another one
     if (out / PLAN).is_file():
         sites = _same_sites(out, plan, wanted)
     else:

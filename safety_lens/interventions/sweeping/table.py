@@ -2,19 +2,21 @@
 
 Everything is paired with the unsteered answers to the same prompts and seeds; the unit of inference is the prompt.
 Effects of a scorer S are the metrics `S/effect`, `S/p`, … listed in `EFFECTS`; a row's `hook` is the site, its `coeff`
-the coefficient. Rows of the split "selection" chose, rows of the split "test" report.
+the coefficient. Rows of the split "selection" chose, rows of the split "test" report. Cells that no test prompt ran in
+have rows of the split "selection" alone.
 """
 
 import csv
 import io
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from safety_lens.bootstrap import mean_interval
-from safety_lens.interventions.sweeping.choice import Grid, chosen_rows
+from safety_lens.interventions.sweeping.choice import Grid, chosen_rows, floor_note
 from safety_lens.interventions.sweeping.plan import Arm, Plan
 from safety_lens.log import Measurement
 from safety_lens.paired import (
@@ -59,10 +61,16 @@ def summarise(plan: Plan, records: Sequence[dict[str, Any]], checks: Sequence[di
     rows = _identity_rows(plan, checks)
     for metric in plan.scorers:
         rows += _baseline_rows(grid, metric)
-        rows += [row for i in range(len(plan.sites)) for row in _site_rows(grid, metric, i)]
+        for site in dict.fromkeys(arm.site for arm in _tested(grid)):
+            rows += _site_rows(grid, metric, site)
         rows += _p_rows(grid, metric)
     rows += _side_effect_rows(grid)
     return rows + chosen_rows(grid, rows)
+
+
+def _tested(grid: Grid) -> list[Arm]:
+    """The cells that ran on test prompts, site by site."""
+    return [arm for s in dict.fromkeys(x.subject for x in grid.plan.sites) for arm in grid.steered(s, "test")]
 
 
 def _identity_rows(plan: Plan, checks: Sequence[dict[str, Any]]) -> list[Measurement]:
@@ -76,6 +84,7 @@ def _identity_rows(plan: Plan, checks: Sequence[dict[str, Any]]) -> list[Measure
 
 
 def _row(grid: Grid, metric: str, what: str, arm: Arm, interval: Interval, n: int, **more: Any) -> Measurement:
+    """A row of one arm, of the test prompts unless `more` names another split."""
     more = {"split": "test", **more}
     site = grid.plan.sites[arm.site] if arm.site >= 0 else None
     return Measurement(
@@ -96,7 +105,8 @@ def _baseline_rows(grid: Grid, metric: str) -> list[Measurement]:
     arms = [grid.baseline] + ([Arm("system")] if grid.plan.system else [])
     for arm in arms:
         found = grid.scores(metric, arm, "test")
-        rows += _level_rows(grid, metric, arm, found)
+        mean, *others = _level_rows(grid, metric, arm, found)
+        rows += [replace(mean, note=floor_note(grid, metric)) if arm.kind == "baseline" else mean, *others]
         if arm.kind == "system":
             n = per_prompt(base, found).n
             note = f"prompt-only baseline, no edit: system prompt {grid.plan.system!r}"
@@ -120,9 +130,10 @@ def _level_rows(grid: Grid, metric: str, arm: Arm, found: Float[np.ndarray, "pro
 
 def _site_rows(grid: Grid, metric: str, site: int) -> list[Measurement]:
     rows = []
-    for coeff in grid.coeffs:
-        rows += _cell_rows(grid, metric, Arm("steer", site, coeff))
-        rows += _control_rows(grid, metric, site, coeff)
+    for arm in _tested(grid):
+        if arm.site == site:
+            rows += _cell_rows(grid, metric, arm)
+            rows += _control_rows(grid, metric, site, arm.coeff)
     return rows + _dose_rows(grid, metric, site)
 
 
@@ -153,16 +164,18 @@ def _control_rows(grid: Grid, metric: str, site: int, coeff: float) -> list[Meas
         if not arms:
             continue
         gaps = np.stack([per_prompt(base, grid.scores(metric, a, "test")).difference for a in arms])
-        known = np.isfinite(gaps).any(1)
+        known, read = np.isfinite(gaps).any(1), np.isfinite(gaps).any(0)
         means = np.array([np.nanmean(gap) for gap in gaps[known]])
         band = UNKNOWN if not len(means) else Interval(float(means.mean()), *_percentiles(means))
-        rows.append(_row(grid, metric, what, steered, band, len(means)))
+        effect = paired_effect(base[read], grid.scores(metric, steered, "test")[read]).value
+        n = f"{int(read.sum())} of {len(read)} test prompts, where the direction's effect is {effect:.2f}"
+        note = None if read.all() else f"controls ran on {n}"
+        rows.append(_row(grid, metric, what, steered, band, len(means), note=note))
         if kind == "random" and len(means):
             over = mean_interval(np.array([np.nanmean(c) if np.isfinite(c).any() else NAN for c in gaps.T]))
-            rows.append(_row(grid, metric, "random_mean", steered, over, int(np.isfinite(gaps).any(0).sum())))
-            effect = abs(paired_effect(base, grid.scores(metric, steered, "test")).value)
-            p = float((1 + (np.abs(means) >= effect - 1e-12).sum()) / (1 + len(means)))
-            rows.append(_row(grid, metric, "p_random", steered, UNKNOWN._replace(value=p), len(means)))
+            rows.append(_row(grid, metric, "random_mean", steered, over, int(read.sum())))
+            p = float((1 + (np.abs(means) >= abs(effect) - 1e-12).sum()) / (1 + len(means)))
+            rows.append(_row(grid, metric, "p_random", steered, UNKNOWN._replace(value=p), len(means), note=note))
     return rows
 
 
@@ -172,9 +185,9 @@ def _percentiles(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
 
 
 def _dose_rows(grid: Grid, metric: str, site: int) -> list[Measurement]:
-    """Slopes per prompt over the whole grid, 0 included."""
-    coeffs = np.array(grid.plan.coeffs)
-    arms = [grid.baseline if c == 0 else Arm("steer", site, c) for c in grid.plan.coeffs]
+    """Slopes per prompt over all coefficients that ran here, 0 included."""
+    tested = {arm.coeff: arm for arm in _tested(grid) if arm.site == site} | {0.0: grid.baseline}
+    coeffs, arms = np.array(sorted(tested)), [tested[c] for c in sorted(tested)]
     curves = [per_prompt(np.zeros_like(s), s).difference for s in (grid.scores(metric, a, "test") for a in arms)]
     wanted, why = grid.polarity(metric, site)
     found, order = slopes(coeffs, np.stack(curves), wanted=wanted), monotone(coeffs, np.stack(curves))
@@ -236,34 +249,37 @@ def plan_site(plan: Plan, site: int) -> tuple[str, str]:
 
 def _p_rows(grid: Grid, metric: str) -> list[Measurement]:
     """Sign-flip p of every cell: alone, over coefficients, over sites, over both."""
-    sites, base = range(len(grid.plan.sites)), grid.scores(metric, grid.baseline, "test")
+    tested, base = _tested(grid), grid.scores(metric, grid.baseline, "test")
     shape = (len(grid.coeffs), len(grid.plan.sites))
     alone, over_sites = np.full(shape, NAN), np.full(shape, NAN)
     for k, coeff in enumerate(grid.coeffs):
-        arms = [Arm("steer", i, coeff) for i in sites]
-        gaps = np.stack([per_prompt(base, grid.scores(metric, a, "test")).difference for a in arms])
-        alone[k], over_sites[k] = sign_flip(gaps)
+        arms = [arm for arm in tested if arm.coeff == coeff]
+        if arms:
+            gaps = np.stack([per_prompt(base, grid.scores(metric, a, "test")).difference for a in arms])
+            sites = [arm.site for arm in arms]
+            alone[k, sites], over_sites[k, sites] = sign_flip(gaps)
     by_coeff = np.stack([holm(column) for column in alone.T], axis=1)
     both = np.stack([holm(column) for column in over_sites.T], axis=1)
     table = {"p": alone, "p_holm": by_coeff, "p_max": over_sites, "p_all": both}
     n = int(np.isfinite(base).any(1).sum())
     return [
-        _row(grid, metric, what, Arm("steer", i, coeff), UNKNOWN._replace(value=float(values[k, i])), n)
-        for i in sites
-        for k, coeff in enumerate(grid.coeffs)
+        _row(grid, metric, what, arm, UNKNOWN._replace(value=float(values[grid.coeffs.index(arm.coeff), arm.site])), n)
+        for arm in tested
         for what, values in table.items()
     ]
 
 
 def _side_effect_rows(grid: Grid) -> list[Measurement]:
     rows = []
-    arms = [grid.baseline, *(Arm("steer", i, c) for i in range(len(grid.plan.sites)) for c in grid.coeffs)]
-    for arm in arms:
-        broken = grid.degenerate(arm, "test")
-        known = broken[np.isfinite(broken)]
+    searched = [arm for s in dict.fromkeys(x.subject for x in grid.plan.sites) for arm in grid.steered(s, "selection")]
+    for arm in dict.fromkeys([grid.baseline, *_tested(grid), *searched]):
         subject, hook = ("baseline", None) if arm.site < 0 else plan_site(grid.plan, arm.site)
-        place: dict[str, Any] = {"hook": hook, "coeff": arm.coeff, "split": "test"}
-        rows.append(Measurement(subject, "degenerate", *wilson(int(known.sum()), len(known)), n=len(known), **place))
+        place: dict[str, Any] = {"hook": hook, "coeff": arm.coeff}
+        for split in (s for s in ("test", "selection") if grid.ran(arm, s)):
+            broken = grid.degenerate(arm, split)
+            known = broken[np.isfinite(broken)]
+            share = wilson(int(known.sum()), len(known))
+            rows.append(Measurement(subject, "degenerate", *share, n=len(known), split=split, **place))
         cost = grid.kl.get(arm.key)
         if cost is not None:
             place["split"] = "benign"
@@ -285,6 +301,8 @@ def table_csv(rows: Iterable[Measurement], scorers: Sequence[str]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["direction", "site", "coeff", "scorer", "prompts", *names, *costs])
     for (subject, hook, coeff), found in cells.items():
+        if not any(f"{scorer}/effect" in found for scorer in scorers):
+            continue  # a cell that the search left: no test prompt ran in it
         for scorer in scorers:
             values = [v for c in TABLE_COLUMNS for v in _numbers(found.get(f"{scorer}/{c}"), c)]
             effect = found.get(f"{scorer}/effect")
