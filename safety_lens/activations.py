@@ -19,6 +19,7 @@ from safety_lens.data import Encoded, encode
 from safety_lens.errors import DataError, ModelError
 from safety_lens.models import check_hooks, named_hooks
 from safety_lens.positions import Positions, last_token
+from safety_lens.progress import progressed
 from safety_lens.types import FwdHook, Prompt
 
 
@@ -127,7 +128,10 @@ def capture(
     encoded = encode_for(model, prompts, raw=raw, truncate=truncate, template_kwargs=template_kwargs)
     run = Run(model, encoded, tuple(dict.fromkeys(hooks)), positions, batch_size, named)
     with torch.no_grad():
+        done = 0
         for batch in run.everything(reuse_prefix):
+            done += len(batch)
+            progressed("prompts read", done, len(prompts))
             if on_batch:
                 on_batch(len(batch))
     return Captured(run.out, *run.read(), tuple(encoded), run.token_forwards)

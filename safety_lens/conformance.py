@@ -18,6 +18,7 @@ from safety_lens.kv import left_padded
 from safety_lens.log import Measurement
 from safety_lens.models import hooks_at
 from safety_lens.positions import all_tokens
+from safety_lens.progress import progressed
 
 PROMPTS = (
     "Once upon a time there was a little dog.",
@@ -64,7 +65,8 @@ def run_checks(model: HookedTransformer, checks: "Sequence[Listed]", encoded: li
     """Run checks, each against the tolerance of the model's dtype, or bit for bit."""
     tolerance = TOLERANCE.get(model.cfg.dtype, TOLERANCE[torch.bfloat16])
     findings = []
-    for name, check, exact, what in checks:
+    for number, (name, check, exact, what) in enumerate(checks):
+        progressed("checks", number, len(checks))
         gap = check(model, encoded)
         relative = gap.largest / gap.scale if gap.scale else gap.largest
         allowed = 0.0 if exact else tolerance

@@ -14,6 +14,7 @@ from safety_lens.errors import DataError
 from safety_lens.frames import running, whole
 from safety_lens.kv import right_padded
 from safety_lens.models import named_hooks
+from safety_lens.progress import progressed
 from safety_lens.types import FwdHook, NamedHook
 
 BEFORE_HEAD = ("blocks.", "hook_embed", "hook_pos_embed")
@@ -72,7 +73,8 @@ def continuation_kl(
     for batch in checked_batches(model, rows, batch_size):
         part = [rows[i] for i in batch]
         base = _logprobs(model, part, batch, [])
-        for found, hooks in zip(out, named, strict=True):
+        for number, (found, hooks) in enumerate(zip(out, named, strict=True)):
+            progressed("edits compared with the unedited model", number, len(named))
             edited = _logprobs(model, part, batch, hooks)
             found |= {i: _kl(p, q) for i, p, q in zip(batch, base, edited, strict=True)}
         if on_batch:

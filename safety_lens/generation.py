@@ -23,6 +23,7 @@ from safety_lens.forced import hooked_after_blocks, unembedded
 from safety_lens.frames import Frame, running, whole
 from safety_lens.kv import left_padded, picked
 from safety_lens.models import named_hooks
+from safety_lens.progress import progressed
 from safety_lens.sampling import Sampling
 from safety_lens.trees import common_length
 from safety_lens.types import FwdHook, NamedHook, Prompt
@@ -125,6 +126,7 @@ def generate(
         generators = [torch.Generator().manual_seed(_stream_seed(*streams[i])) for i in batch]
         for i, row in zip(batch, _Batch(model, encoded, batch, generators, plan).run(), strict=True):
             done[i] = Generation(prompts[i], _decode(model, row.tokens), row.tokens, row.stopped, row.first)
+        progressed("answers", len(done), len(prompts))
         if on_batch:
             on_batch(len(batch))
     return [done[i] for i in range(len(prompts))]
@@ -207,6 +209,7 @@ class _Batch:
                 for row, value in zip(self.rows, plan.read_first(logits).tolist(), strict=True):
                     row.first = value
             for step in range(plan.max_new_tokens):
+                progressed(f"tokens of {len(self.rows)} answers", step, plan.max_new_tokens)
                 chosen = plan.sampling.choose(logits, self.seen, [self.rows[i].stream for i in self.active])
                 chosen = self._note(chosen)
                 if not self.active or step + 1 == plan.max_new_tokens:

@@ -13,19 +13,16 @@ import torch
 import zoo
 from scipy.stats import binomtest
 
-from safety_lens import cli
+from safety_lens import cli, progress
 from safety_lens.artifacts import load_artifact
+from safety_lens.cli import steer_sweep, terminal
 from safety_lens.cli.steer_prompts import Asked, limited, read_prompts, with_roles
-from safety_lens.cli.steer_source import sweep_hooks
 from safety_lens.errors import DataError
 from safety_lens.generation import generate
 from safety_lens.interventions.side_effects import instructions
 from safety_lens.interventions.steering import ablate, steer
 from safety_lens.interventions.sweeping import run as sweep_run
 from safety_lens.models import load_model
-from safety_lens.probes.directions import Direction
-from safety_lens.probes.extract import DirectionSet
-from safety_lens.probes.selection import Choice
 from safety_lens.probes.store import load_directions
 
 KINDS = ("harmful", "harmless")
@@ -266,24 +263,65 @@ def test_a_sweep_is_written_resumed_and_drawn(
     assert len(list((tmp_path / "figures").iterdir())) == 8
 
 
-def test_a_sweep_without_layers_takes_few_hooks_and_controls_and_estimates_its_time(run: Run, ground: Ground) -> None:
+def test_a_sweep_runs_controls_at_the_middle_coefficients_and_estimates_its_time(run: Run, ground: Ground) -> None:
     grid = ["--coeffs", "-2,-1,1,2,3", "--scorer", "regex:w1", "--shuffled", 0, "--json"]
     done = run("--prompts", ground.prompts, "--sweep", *grid)
     assert done.code == 0, done.err
     rows = [json.loads(line) for line in done.out.splitlines()]
     assert {r["coeff"] for r in rows if r["metric"] == "regex/w1/random"} == {-2.0, 2.0}  # the middle of either sign
     assert "controls run at -2, 2 alone" in done.err
-    assert "answers that are left take about" in done.err
+    assert "time: about" in done.err
     whole = run("--prompts", ground.prompts, "--sweep", *grid, "--control-coeffs", "all", "--controls", 1)
     rows = [json.loads(line) for line in whole.out.splitlines()]
     assert {r["coeff"] for r in rows if r["metric"] == "regex/w1/random"} == {-2.0, -1.0, 1.0, 2.0, 3.0}
 
 
-def test_few_hooks_are_spread_over_depth_and_hold_the_chosen_one() -> None:
-    names = [f"blocks.{i}.hook_resid_post" for i in range(24)]
-    directions = {name: Direction("joy", name, torch.ones(2), "dim") for name in names}
-    found = DirectionSet("joy", "dim", directions, {}, Choice(names[16], "by causal"), ())
-    assert sweep_hooks(found) == [names[i] for i in (5, 9, 14, 16, 18)]
+def test_a_dry_run_prints_size_and_time_and_writes_nothing(small: Run, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = small(out, "--dry-run")
+    assert done.code == 0, done.err
+    assert "98 answers of up to 6 tokens: 10 unsteered, 40 steered, 48 of random directions" in done.err
+    assert done.out.startswith("time: about ")
+    assert not out.exists()
+    estimate = json.loads(small(out, "--dry-run", "--json").out)
+    assert (estimate["answers"], estimate["tokens"]) == (98, 6)
+    assert estimate["seconds"] > 0
+
+
+def test_a_sweep_above_the_limit_of_time_starts_with_yes_alone(
+    small: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steer_sweep, "LONG", 0.0)
+    refused = small(tmp_path / "run")
+    assert refused.code == 2
+    assert "give --yes to start it" in refused.err
+    assert not (tmp_path / "run" / "generations.jsonl").exists()
+    done = small(tmp_path / "run", "--yes", "--search", "coarse")
+    assert done.code == 0, done.err
+    assert "effect on 4 selection prompts, by site and coefficient" in " ".join(done.out.split())
+    assert "search over depth: 16 answers" in done.err
+
+
+def test_progress_is_printed_as_lines_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal.quiet_libraries()
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    with terminal.progress("answers", 10, 2) as advance:
+        advance(4)
+        monkeypatch.setattr(progress, "EVERY", 60.0)
+        advance(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "answers: 2 of 10"
+    assert lines[1].startswith("answers: 6 of 10, about ")
+    assert len(lines) == 2
+
+
+def test_a_verb_without_a_bar_of_its_own_prints_what_it_does(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    done = run("w20 w21", "w30 w31")
+    assert "loading" in done.err
+    assert "tokens of 2 answers: 5 of 6" in done.err
 
 
 def test_an_interrupted_sweep_says_what_is_kept_and_how_to_go_on(

@@ -221,6 +221,11 @@ def _conclude(result: "SweepResult") -> None:
         if row.metric == "chosen":
             where = "none" if row.hook is None else f"{row.hook} at {row.coeff:g}"
             terminal.out.print(f"chosen for {row.subject}: {where}: {row.note}", markup=False, soft_wrap=True)
+            controls = [
+                r.note for r in rows if (r.hook, r.coeff) == (row.hook, row.coeff) and r.metric.endswith("/random")
+            ]
+            for note in filter(None, dict.fromkeys(controls)):
+                terminal.out.print(f"  {note}", markup=False, soft_wrap=True)
         if row.metric.endswith("/selection_penalty"):
             terminal.out.print(f"  selection penalty {row.value:+.3f}: {row.note}", markup=False, soft_wrap=True)
     if result.folder is not None:

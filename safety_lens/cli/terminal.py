@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from safety_lens.progress import NAME, begun, progressed
+
 if TYPE_CHECKING:
     from safety_lens.data import Concept
 
@@ -18,12 +20,10 @@ PROCESS = int(os.environ.get("RANK", "0"))
 """The number of this process under torchrun or `accelerate launch`; the first, 0, speaks for all."""
 out = Console(highlight=False, quiet=PROCESS > 0)
 err = Console(stderr=True, highlight=False, quiet=PROCESS > 0)
-LOG_SECONDS = 30.0
-"""Seconds between two lines of progress where stderr is no terminal."""
 
 
 def quiet_libraries() -> None:
-    """Keep loaders' progress bars and advice out of the output; their errors still come through."""
+    """Keep loaders' progress bars and advice out of the output, and print progress of our own; errors come through."""
     from transformers.utils import logging as transformers_logging
 
     # peft reads an old name of a transformers setting in every model it wraps; a user cannot mend that
@@ -33,6 +33,7 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)
+    show_log(NAME)
 
 
 def print_pairs(concepts: "Sequence[Concept]") -> None:
@@ -79,23 +80,18 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
 
 
 class _Lines:
-    """Progress in a log file: a line at the start, then one every `LOG_SECONDS` with the time that is left."""
+    """Progress in a log file: a line at the start, then one every half minute with the time that is left."""
 
     def __init__(self, what: str, total: int, done: int) -> None:
-        self.what, self.total, self.done, self.before = what, total, done, done
-        self.start = self.printed = monotonic()
+        self.what, self.total, self.done, self.before, self.start = what, total, done, done, monotonic()
         if total:
-            err.print(f"{what}: {done:,} of {total:,}", markup=False, soft_wrap=True)
+            begun(f"{what}: {done:,} of {total:,}")
 
     def __call__(self, n: int) -> None:
         self.done += n
-        now = monotonic()
-        if now - self.printed < LOG_SECONDS or self.done <= self.before:
-            return
-        self.printed = now
-        left = (now - self.start) / (self.done - self.before) * max(self.total - self.done, 0)
-        line = f"{self.what}: {self.done:,} of {self.total:,}, about {duration(left)} left"
-        err.print(line, markup=False, soft_wrap=True)
+        rate = (monotonic() - self.start) / max(self.done - self.before, 1)
+        left = duration(rate * max(self.total - self.done, 0))
+        progressed(self.what, self.done, self.total, f", about {left} left")
 
 
 def duration(seconds: float) -> str:

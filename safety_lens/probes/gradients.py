@@ -26,6 +26,7 @@ from safety_lens.frames import running, whole
 from safety_lens.kv import right_padded
 from safety_lens.models import check_hooks, named_hooks
 from safety_lens.probes.matrices import Matrix
+from safety_lens.progress import progressed
 from safety_lens.streaming import is_streamed
 from safety_lens.types import FwdHook, NamedHook
 
@@ -131,7 +132,10 @@ def example_gradients(
         raise HookNameError(f"{outside[0]!r} is not inside a block: gradients are taken at hook points of blocks")
     named = named_hooks(model, hooks)
     losses = np.full(len(examples), np.nan)
+    done = 0
     for batch in example_batches(model, examples, batch_size):
+        progressed("examples with gradients", done, len(examples))
+        done += len(batch)
         run = _Run(model, batch, [examples[i] for i in batch], see, see_point)
         with torch.inference_mode(False), torch.enable_grad(), run.watching(matrices, points):
             losses[batch] = run.pass_through(named, loss)

@@ -75,7 +75,9 @@ def sweep_tables(rows: Sequence[Measurement], subject: str, scorer: str) -> list
 def search_table(cells: Cells) -> WordTable:
     """Effects on the selection prompts at every site and coefficient where the search looked, with the benign KL."""
     n = max(row.n or 0 for site in cells.sites for c in cells.coeffs if (row := cells.row(site, c, "effect")))
-    title = f"{cells.subject} → {cells.scorer}: effect (benign KL) on {n} selection prompts, by site and coefficient"
+    costs = any(cells.row(site, c, "benign_kl") for site in cells.sites for c in cells.coeffs)
+    what = "effect (benign KL)" if costs else "effect"
+    title = f"{cells.subject} → {cells.scorer}: {what} on {n} selection prompts, by site and coefficient"
     table = WordTable("site", *(f"{c:g}" for c in cells.coeffs), title=Text(title + cells.remark))
     for site in cells.sites:
         shown = []
