@@ -155,7 +155,7 @@ class Running:
         self._answers(sample)
         each = (perf_counter() - start) / len(sample)
         counts, stored = search.size(self.plan), len(self.opened.generations.records)
-        others = len(self.plan.benign) + (0 if self._checked() else IDENTITY_ROWS)
+        others = len(self.plan.benign) + (0 if self._checked() else min(IDENTITY_ROWS, self.portion_rows))
         measured = sum(record["what"] == "benign_kl" for record in self.opened.checks.records)
         cost = self._seconds_per_kl() * (counts.cells - measured) if self.plan.benign else 0.0
         left = counts.answers - stored
@@ -197,7 +197,8 @@ class Running:
         self.opened.checks.add(f"identity/{sites[0]}", records)
 
     def _identity_prompts(self, n_sites: int) -> int:
-        return min(len(self.encoded), IDENTITY_PROMPTS, max(2, IDENTITY_ROWS // (n_sites + 1)))
+        rows = min(IDENTITY_ROWS, self.portion_rows)
+        return min(len(self.encoded), IDENTITY_PROMPTS, max(2, rows // (n_sites + 1)))
 
     def _identity(self, sites: Sequence[int]) -> dict[int, int | None]:
         """Tokens compared at each site; None where some differ."""
