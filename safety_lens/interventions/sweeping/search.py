@@ -82,15 +82,15 @@ def _coarse(grid: Grid) -> list[Cell]:
 
 
 def _other_strength(grid: Grid) -> list[Cell]:
-    """For directions of which no cell was chosen yet: the strongest coefficients, or weaker ones where text broke."""
+    """For directions without a best cell: the strongest coefficients, or weaker ones where most exceed the limits."""
     arms = []
     for subject in _subjects(grid):
-        tried = grid.steered(subject, "selection")
-        if not tried or ranked(grid, subject).best is not None:
+        found = ranked(grid, subject)
+        if not found.effects or found.best is not None:
             continue
-        broken = 2 * sum(map(grid.too_broken, tried)) > len(tried)
-        at = [side[max(len(side) // 2 - 1, 0)] if broken else side[-1] for side in _sides(grid.coeffs)]
-        arms += [Arm("steer", i, c) for i in dict.fromkeys(arm.site for arm in tried) for c in at]
+        too_much = 2 * len(found.allowed) < len(found.effects)
+        at = [side[max(len(side) // 2 - 1, 0)] if too_much else side[-1] for side in _sides(grid.coeffs)]
+        arms += [Arm("steer", i, c) for i in dict.fromkeys(arm.site for arm in found.effects) for c in at]
     return _selecting(grid, arms)
 
 
