@@ -103,7 +103,7 @@ def layer_effectiveness(rows: Sequence[Measurement], subject: str, scorer: str) 
     cells = looked or Cells(rows, subject, scorer)
     strength = _strength(cells) if looked is None else _commonest(cells)
     x = np.arange(len(cells.sites), dtype=float)
-    figure = Figure(figsize=(max(7.0, 0.5 * len(x) + 3), 6.6), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 0.5 * len(x) + 3), 6.6 if looked is None else 4.6), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2]) if looked is None else [figure.subplots()]
     top, bottom = panels[0], panels[-1]
     for sign, color, marker, shift in ((1, BLUE, "o", -0.12), (-1, ORANGE, "s", 0.12)):
@@ -125,7 +125,7 @@ def layer_effectiveness(rows: Sequence[Measurement], subject: str, scorer: str) 
         bottom.axhline(0, color="black", lw=0.6)
         bottom.set(ylabel=f"{scorer} per unit")
     bottom.set(xlabel="site")
-    many = len(x) > 8
+    many = len(x) > 6
     bottom.set_xticks(
         x, [short_hook(s) for s in cells.sites], rotation=45 if many else 0, ha="right" if many else "center"
     )
@@ -162,7 +162,8 @@ def _cost_and_effect(axes: "Axes", cells: Cells) -> None:
     if not len(known):
         axes.text(0.5, 0.5, "no benign prompts were given:\nthe cost is unknown", ha="center", transform=axes.transAxes)
         return
-    axes.set_xscale("symlog", linthresh=0.01)
+    if known[:, 0].max() > 0.1:
+        axes.set_xscale("symlog", linthresh=0.01)
     for sign, color, marker in ((1, BLUE, "o"), (-1, ORANGE, "s")):
         part = known[np.sign(known[:, 4]) == sign]
         if len(part):
