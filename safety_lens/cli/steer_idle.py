@@ -42,6 +42,7 @@ def _rules(given: Mapping[str, Any]) -> list[Idle]:
     return [
         Idle(alone, SWEEP_ONLY, "acts with --sweep alone"),
         Idle(sweep, ("coeff", "target_kl"), "a sweep tries the coefficients of --coeffs"),
+        Idle(given["search"] == "coarse", ("control_coeffs",), "a search runs its controls where it chooses"),
         Idle(alone and given["target_kl"] is None, ("benign",), "read with --target-kl, or by a sweep"),
         Idle(given["out"] is None, ("overwrite",), "replaces what is in --out"),
         Idle(sweep, ("stream",), "shows one answer, not a sweep"),

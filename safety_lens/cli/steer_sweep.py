@@ -140,6 +140,10 @@ def check_sweep(given: dict[str, Any]) -> None:
     """
     if not given["scorer"]:
         raise DataError("a sweep needs something to measure: give --scorer (lexicon:rude, refusal, hf:MODEL, …)")
+    from safety_lens.interventions.sweeping.search import SEARCHES
+
+    if given["search"] not in SEARCHES:
+        raise DataError(f"--search {given['search']!r}: choose {', '.join(SEARCHES)}")
     parse_numbers("--coeffs", given["coeffs"])
     if given["control_coeffs"] != ALL:
         parse_numbers("--control-coeffs", given["control_coeffs"])
