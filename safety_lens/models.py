@@ -35,7 +35,7 @@ from safety_lens.loading.hub import (
 )
 from safety_lens.loading.live import base_model, has_adapters, has_quantised, unwrapped
 from safety_lens.loading.refusals import refuse_unreadable
-from safety_lens.progress import begun
+from safety_lens.progress import progressed
 from safety_lens.streaming import stream_blocks
 from safety_lens.types import FwdHook, NamedHook
 
@@ -119,9 +119,9 @@ def load_model(
         found = Source("in memory", adapter=None if adapter is None else str(adapter))
         model = _hook(unwrapped(source), found, dtype=wanted, device=target, share=share, check=check, stream=stream)
     else:
-        begun(f"loading {source}")
         found = resolve(source, adapter)
         hf = read_model(found.base, dtype=wanted, device=parse_device(device))
+        progressed(f"loading {source}: steps", 1, 3)  # then: hooks, and logits compared with those of Hugging Face
         model = _hook(hf, found, dtype=wanted, device=None, share=share, check=check, stream=stream)
         tokenizer = tokenizer or read_tokenizer(found.base, found.adapter)
     _give_tokenizer(model, tokenizer)

@@ -18,13 +18,13 @@ class _Clock:
     last = monotonic()
 
 
-def begun(what: str) -> None:
-    """Log that a part of the work begins, at once."""
+def restart() -> None:
+    """Count the seconds to the next line from now: a new piece of work begins."""
     _Clock.last = monotonic()
-    LOG.info(what)
 
 
 def progressed(what: str, done: int, total: int, more: str = "") -> None:
     """Log that `done` of `total` units of a loop are done, if no line came in the last `EVERY` seconds."""
     if done < total and monotonic() - _Clock.last >= EVERY:
-        begun(f"{what}: {done:,} of {total:,}{more}")
+        restart()
+        LOG.info(f"{what}: {done:,} of {total:,}{more}")

@@ -320,7 +320,7 @@ def test_progress_is_printed_as_lines_where_there_is_no_terminal(
 def test_a_verb_without_a_bar_of_its_own_prints_what_it_does(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "EVERY", 0.0)
     done = run("w20 w21", "w30 w31")
-    assert "loading" in done.err
+    assert "steps: 1 of 3" in done.err
     assert "tokens of 2 answers: 5 of 6" in done.err
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from safety_lens.progress import NAME, begun, progressed
+from safety_lens.progress import NAME, progressed, restart
 
 if TYPE_CHECKING:
     from safety_lens.data import Concept
@@ -34,6 +34,7 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)
     show_log(NAME)
+    restart()
 
 
 def print_pairs(concepts: "Sequence[Concept]") -> None:
@@ -80,12 +81,11 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
 
 
 class _Lines:
-    """Progress in a log file: a line at the start, then one every half minute with the time that is left."""
+    """Progress in a log file: a line every half minute with the time that is left."""
 
     def __init__(self, what: str, total: int, done: int) -> None:
         self.what, self.total, self.done, self.before, self.start = what, total, done, done, monotonic()
-        if total:
-            begun(f"{what}: {done:,} of {total:,}")
+        progressed(what, done, total)
 
     def __call__(self, n: int) -> None:
         self.done += n
