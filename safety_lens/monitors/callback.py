@@ -139,7 +139,7 @@ class MonitorCallback(TrainerCallback):
         """Measure the end unless that is done; release the hooked model."""
         self._measure(args, state, control, parts, last=True)
         self._reporters.close(args, state, control)
-        if self.schedule.budget is not None and state.is_world_process_zero:
+        if state.is_world_process_zero:
             LOG.info(self.schedule.spending())
         if state.is_world_process_zero and self.log is not None:
             with undisturbed():
@@ -163,11 +163,11 @@ class MonitorCallback(TrainerCallback):
     def _due(self, state: TrainerState, last: bool) -> Due:
         """What is measured at this step; the first process decides where it depends on the time."""
         noticed = self.rule.verdict.level is not Level.OK
-        if self.schedule.budget is None:
-            return self.schedule.due(state.global_step, last=last, noticed=noticed)
         now = self.clock()
         self.schedule.trained += now - self._resumed_at
         self._resumed_at = now
+        if self.schedule.budget is None:
+            return self.schedule.due(state.global_step, last=last, noticed=noticed)
         if state.is_world_process_zero and (line := self.schedule.shortage(state.global_step)):
             LOG.warning(line)
         return from_first(lambda: self.schedule.due(state.global_step, last=last, noticed=noticed))
