@@ -344,7 +344,7 @@ def test_the_change_of_few_prompts_is_taken_from_their_own_log_odds_before(
     assert before is not None
     answers = before.answers["harmful"]
     # of the last prompts alone the answers show the behaviour, so these are the ones to read
-    odd = replace(answers, shown=np.arange(16) >= 12)
+    odd = replace(answers, shown=(np.arange(16) >= 12).astype(float))
     probes = watching._behaviour
     assert probes is not None
     found = probes.measure(watching.model, replace(before, answers={**before.answers, "harmful": odd}), 40, 4)
