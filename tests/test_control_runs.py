@@ -12,7 +12,10 @@ from safety_lens.log import Measurement
 from safety_lens.monitors import StopRule
 from safety_lens.monitors.alarm import Level
 from safety_lens.monitors.control_runs import ControlRuns
+from safety_lens.monitors.finetune.config import read_config
+from safety_lens.monitors.finetune.early import check_early
 
+PLAN = {"out": "unwritten", "data": {"source": "benign"}, "model": "organism"}
 HOOKS = [f"blocks.{i}.hook_resid_post" for i in range(4)]
 
 
@@ -83,3 +86,19 @@ def test_too_few_runs_and_folders_without_directions_are_refused(tmp_path: Path)
     assert json.loads((tmp_path / "drift.jsonl").read_text().splitlines()[0])["step"] == 0
     with pytest.raises(ArtifactError, match="--monitor-budget none"):
         ControlRuns.read([tmp_path / "drift.jsonl"] * 5)
+
+
+def test_control_runs_of_another_kind_are_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    plan = {"out": tmp_path / "out", "data.source": "benign", "model": "organism", "training.max_steps": 20}
+    folders = [tmp_path / f"run{k}" for k in range(5)]
+    named = read_config(None, plan | {"monitor.control_runs": [str(folder) for folder in folders]})
+    with pytest.raises(ArtifactError, match=r"run0 is no run of finetune: it has no config\.yaml"):
+        check_early(named)
+    for k, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "config.yaml").write_text(json.dumps({**PLAN, "training": {"max_steps": 20 if k < 4 else 30}}))
+        (folder / "drift.jsonl").write_text("".join(r.to_json() + "\n" for r in log([0.1 + k / 100] * 4)))
+    with pytest.raises(DataError, match=r"run4 has training\.max_steps 30 and this run 20"):
+        check_early(named)
+    (folders[4] / "config.yaml").write_text(json.dumps({**PLAN, "training": {"max_steps": 20}}))
+    check_early(named)

@@ -149,7 +149,7 @@ class StopRule:
         return max(1.0, float(stats.norm.isf(self.alpha / self.looks)) / at_95)
 
     def notice_rows(self) -> list[Measurement]:
-        """Where a notice begins, for the log: of all concepts, and of those with limits of their own."""
+        """Rows for the log: the cosine below which a notice begins, of all concepts and of those with own limits."""
         limits = {"run": self.delta, **{name: own.delta for name, own in self.concepts.items()}}
         return [Measurement(name, "notice_below", 1 - delta, step=0) for name, delta in limits.items()]
 

@@ -341,7 +341,7 @@ def read_along(
 
 @dataclass(frozen=True, eq=False)
 class _Now:
-    """What a set says now. numbers: which prompts were read. kl: nats at every token of each answer, none if unknown.
+    """Reading of one set at one step. numbers: of the prompts read. kl: nats at every token of each answer, or none.
 
     other: whether the greedy answer differs from before, or is not known.
     """

@@ -42,11 +42,11 @@ class Cells:
         return "" if self.baseline is None or self.baseline.note is None else f"\n{self.baseline.note}"
 
     def is_chosen(self, site: str, coeff: float) -> bool:
-        """Whether the selection prompts chose this cell."""
+        """True for the cell that the selection prompts chose."""
         return self.chosen is not None and (self.chosen.hook, self.chosen.coeff) == (site, coeff)
 
     def unmoved(self, site: str) -> bool:
-        """Whether a score that began at its floor or ceiling stayed there in every cell: its slope says nothing."""
+        """True where a score began at its floor or ceiling and stayed there in every cell: its slope says nothing."""
         return bool(self.remark) and not any(self.get(site, c, "effect").value for c in self.coeffs)
 
     @property

@@ -50,7 +50,7 @@ PARTS = {
     "controls": "random and shuffled directions at the chosen hook",
     "report": "answers to reporting prompts, with and without the direction",
 }
-"""What is timed on its own."""
+"""Parts that are timed one by one, and what the log says as each begins."""
 LEAST = 2
 """Prompts of a side without which nothing is measured."""
 

@@ -57,7 +57,7 @@ class Grid:
         return found if len(found) > 1 else []
 
     def ran(self, arm: Arm, split: str) -> bool:
-        """Whether an arm has answers to prompts of this role."""
+        """Look for answers of an arm to prompts of this role."""
         return (arm.key, split) in self._ran
 
     def steered(self, subject: str, split: str) -> list[Arm]:

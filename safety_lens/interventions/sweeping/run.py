@@ -72,7 +72,7 @@ class SweepResult:
 
 @dataclass(frozen=True)
 class Estimate:
-    """How long a sweep takes, before it starts.
+    """Predicted size and duration of a sweep.
 
     Attributes:
         answers: Answers that are left, at most.

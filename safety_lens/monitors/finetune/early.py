@@ -18,8 +18,8 @@ def check_early(config: RunConfig) -> None:
     """Refuse names that lead nowhere. Content is checked when it is read, sets of the Hub when they are asked for.
 
     Raises:
-        DataError: no such training data, concept or safety data. ArtifactError: no such folder of groups, or no such
-            group in it, or a baseline's folder that cannot be used.
+        DataError: no such training data, concept or safety data, or control runs of another kind.
+        ArtifactError: no such folder of groups, no such group in it, or a baseline's folder that cannot be used.
     """
     if names_gguf(config.model):
         resolve_gguf(config.model)
@@ -28,6 +28,10 @@ def check_early(config: RunConfig) -> None:
         check_concept(name, config.model)
     check_protection(config)
     check_baseline(config.monitor.baseline)
+    if config.monitor.control_runs:
+        from safety_lens.monitors.finetune.watch import control_runs
+
+        control_runs(config)
     for text in (*config.tuning.freeze, *config.monitor.groups):
         chosen_group(text, group_names(split_name(text)[0]))
 

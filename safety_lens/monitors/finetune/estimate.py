@@ -55,7 +55,7 @@ FEW, SOME = 1, 3
 TIMED = 512
 """Tokens that they are timed on at most, on a CPU."""
 WRITTEN = 2.0
-"""What a token that is written costs, in tokens that are read: the batch of a decoding step is small."""
+"""Cost of a token that is written, in tokens that are read: the batch of a decoding step is small."""
 DERIVED, ANSWER, SETS = 240, 32, 4
 """Answers from which a behaviour is derived, their tokens, and sets of probes that are answered."""
 

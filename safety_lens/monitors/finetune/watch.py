@@ -90,7 +90,7 @@ ALIKE = {
                  "gradient_accumulation_steps", "lr_scheduler_type", "optim"),
     "tuning": ("method", "rank", "targets", "layers"),
 }  # fmt: skip
-"""What control runs share with the run that is judged by them."""
+"""Settings that control runs share with the run that is compared with them."""
 
 
 def monitor_seed(config: RunConfig) -> int:
